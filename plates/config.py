@@ -1,0 +1,153 @@
+"""Every setting, once: the dataclasses that become the flags, and how a job starts and ends."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+Backbone = Literal[
+    "auto", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet_lite0"
+]  # fmt: skip
+Trainable = Literal["head", "layer4", "all"]
+Device = Literal["auto", "cpu", "cuda"]
+NumWorkers = Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="auto|N")]
+
+EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_SOME_UNREADABLE = 0, 1, 2, 3
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its message names the setting, its value and the rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    data: str = "synthetic"
+    """Images: synthetic[:N] (N drawn plates), or a folder with train/CLASS/*, optional val/CLASS/*, test/**."""
+    out: str | None = None
+    """Run directory [default: runs/JOB-TIME]. A finished or a different run in it is never overwritten."""
+    skip_unreadable: bool = False
+    """Go on without images that cannot be read; they are listed in skipped.csv."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UserError("--data is empty: give synthetic, synthetic:N or a folder")
+        if self.data.startswith("synthetic") and self.data != "synthetic":
+            count = self.data.removeprefix("synthetic:")
+            if not count.isdecimal() or int(count) < 4:
+                raise UserError(f"--data {self.data}: synthetic:N needs a whole number N of at least 4")
+        if self.out == "":
+            raise UserError("--out is empty: give a directory, or leave the flag out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    num_workers: NumWorkers = "auto"
+    """Ray workers; 0 runs in this process. auto: one a GPU (or CPU node) in a cluster, else by this machine."""
+    device: Device = "auto"
+    """Where tensors live. auto: cuda where torch sees it."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers != "auto":
+            require("--num-workers", self.num_workers, self.num_workers >= 0, "must be auto, 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    backbone: Backbone = "auto"
+    """Trunk. auto: resnet18 where its weights can be had, else efficientnet_lite0."""
+    weights: str = "imagenet"
+    """Trunk weights: imagenet, none (random), or a .pth or .safetensors file of the backbone."""
+    trainable: Trainable = "head"
+    """What is trained: the new head, the last stage and the head (layer4), or all."""
+    epochs: int = 100
+    """Passes over the training images."""
+    lr: float = 1e-3
+    """Adam's learning rate at the start."""
+    step_size: int = 7
+    """StepLR: epochs between two cuts of the learning rate."""
+    gamma: float = 0.1
+    """StepLR: factor of each cut."""
+    global_batch_size: int = 8
+    """Images an optimizer step, summed over all workers."""
+    image_size: int = 224
+    """Side of the square that the model sees, in pixels."""
+    seed: int = 0
+    """Seed of the head, the order, the views and the drawings."""
+    num_views: int | None = None
+    """Different augmented views of each image, reused in turn over the epochs [default: one an epoch]."""
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise UserError("--weights is empty: give imagenet, none or a file")
+        require("--epochs", self.epochs, self.epochs >= 1, "must be at least 1")
+        require("--lr", self.lr, 0 < self.lr < float("inf"), "must be a number above 0")
+        require("--step-size", self.step_size, self.step_size >= 1, "must be at least 1")
+        require("--gamma", self.gamma, 0 < self.gamma <= 1, "must be above 0 and at most 1")
+        require("--global-batch-size", self.global_batch_size, self.global_batch_size >= 1, "must be at least 1")
+        require("--image-size", self.image_size, 32 <= self.image_size <= 4096, "must be 32 to 4096")
+        require("--seed", self.seed, 0 <= self.seed < 2**32, "must be 0 to 4294967295")
+        if self.num_views is not None:
+            require("--num-views", self.num_views, self.num_views >= 1, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig, WorkerConfig, ModelConfig):
+    """Fine-tune a classifier, predict the test split, write a report.
+
+    With no flags it trains on drawn plates on this machine. A folder of photos:
+    plates train --data PHOTOS --out runs/mine
+    """
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        WorkerConfig.__post_init__(self)
+        ModelConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(DataConfig, WorkerConfig):
+    """Predict a test split, or a plain folder of images, from a checkpoint alone."""
+
+    checkpoint: str
+    """RUN/checkpoint of a finished training run."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        WorkerConfig.__post_init__(self)
+        if not self.checkpoint:
+            raise UserError("--checkpoint is empty: give RUN/checkpoint")
+
+
+def require(flag: str, value: object, is_met: bool, rule: str) -> None:
+    """Raises: UserError naming the flag, its value and the rule, unless the rule is met."""
+    if not is_met:
+        raise UserError(f"{flag} {value}: {rule}")
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> ConfigT:
+    """Flags to a config. An unknown or malformed flag ends the process with tyro's message and exit code 2."""
+    return tyro.cli(
+        config_class,
+        prog=prog,
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    )
+
+
+def run_job(
+    job: Callable[[ConfigT], int], config_class: type[ConfigT], prog: str, argv: Sequence[str] | None = None
+) -> int:
+    """Parses the flags, runs the job and returns the exit code: 2 with one line for a user's mistake."""
+    try:
+        return job(parse(config_class, sys.argv[1:] if argv is None else argv, prog))
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return EXIT_FAILED

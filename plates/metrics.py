@@ -1,0 +1,47 @@
+"""Counts summed over images and workers, then divided: exact whatever the number of workers."""
+
+import torch
+from torch import Tensor
+
+
+def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy sum, number correct and number of images of a batch.
+
+    Args:
+        logits: (B, C) float; B may be 0.
+        labels: (B,) int64.
+
+    Returns: (3,) float64 on the logits' device, to be added over batches and workers.
+    """
+    loss_sum = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    num_correct = (logits.argmax(1) == labels).sum()
+    num_images = torch.tensor(len(labels), device=logits.device)
+    return torch.stack([loss_sum.detach().double(), num_correct.double(), num_images.double()])
+
+
+def divide(sums: Tensor) -> tuple[float, float]:
+    """Mean loss and accuracy (0-1) from summed `batch_sums`."""
+    loss_sum, num_correct, num_images = sums.tolist()
+    return loss_sum / num_images, num_correct / num_images
+
+
+def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...], split: str) -> dict[str, float | int]:
+    """Flat figures of a split: SPLIT/loss, /accuracy, /num_images and /confusion/TRUE/PREDICTED counts.
+
+    Args:
+        logits: (N, C) float, or log-probabilities; N >= 1.
+        labels: (N,) int64.
+    """
+    loss, accuracy = divide(batch_sums(logits, labels))
+    counts = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2).tolist()
+    confusion = {
+        f"{split}/confusion/{true}/{predicted}": counts[row * len(classes) + column]
+        for row, true in enumerate(classes)
+        for column, predicted in enumerate(classes)
+    }
+    return {
+        f"{split}/loss": loss,
+        f"{split}/accuracy": accuracy,
+        f"{split}/num_images": len(labels),
+        **confusion,
+    }

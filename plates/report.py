@@ -1,0 +1,324 @@
+"""Tables, plots and the HTML page, from a run's files alone."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+
+@dataclass
+class RunFiles:
+    """What a run directory holds; an absent file is an empty mapping or a table without rows."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    history: pd.DataFrame
+    timing: pd.DataFrame
+    predictions: pd.DataFrame
+    skipped: pd.DataFrame
+
+
+def write_report(
+    run: Path, *, train_views: Sequence[tuple[np.ndarray, str]], read_image: Callable[[str], np.ndarray]
+) -> Path:
+    """Write `run/report.html`, one page that needs no other file, and return its path.
+
+    train_views: uint8 pictures (H, W, 3) as the model sees them in training, each with its label's text.
+    read_image: the uint8 picture (H, W, 3) at a `path` of predictions.csv; where it raises OSError the page
+    leaves that picture out and says so.
+    """
+    files = read_run(run)
+    # A later job adds a function here, and a macro of the section's name to the template.
+    sections = [
+        show_timing(files),
+        show_curves(files),
+        show_scores(files),
+        show_predictions(files, read_image),
+        show_views(train_views),
+        show_skipped(files),
+        show_settings(files),
+    ]
+    target, part = run / "report.html", run / ".report.html.part"
+    part.write_text(render_page(files, [section for section in sections if section]), encoding="utf-8")
+    os.replace(part, target)
+    return target
+
+
+def summary_table(run: Path) -> str:
+    """Return the run's times (seconds, images per second) and scores as plain text, at most 100 columns."""
+    files, blocks = read_run(run), []
+    if len(files.timing):
+        header, rows = tabulate_timing(files.timing)
+        blocks.append(align_columns([header, *rows], text_columns=3))
+        blocks.append("Times in seconds; train/s and infer/s in images per second.\n")
+    scores = [score_split(files, split) for split in ("train", "val", "test")]
+    rows = [
+        [s["split"], format_number(s["images"], 0), format_percent(s["accuracy"]), format_number(s["loss"], 4)]
+        for s in scores
+        if s["known"]
+    ]
+    if rows:
+        blocks.append(align_columns([["", "images", "accuracy", "loss"], *rows], text_columns=1))
+    return "\n".join(blocks)
+
+
+def read_run(run: Path) -> RunFiles:
+    """Read every file of a run directory that the page or the terminal's table may show."""
+    config, metrics = (read_json(run / f"{name}.json") for name in ("config", "metrics"))
+    tables = [read_table(run / f"{name}.csv") for name in ("history", "timing", "predictions", "skipped")]
+    return RunFiles(run, config, metrics, *tables)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    # Cells stay text, so that an id such as 0001 or a class named NA keeps its spelling.
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        return pd.DataFrame()
+
+
+def read_numbers(table: pd.DataFrame, column: str) -> np.ndarray:
+    """Return a column as float64 (N,), NaN where a cell is empty or the column is absent."""
+    if column not in table:
+        return np.full(len(table), np.nan)
+    return np.asarray(pd.to_numeric(table[column], errors="coerce"), dtype=float)
+
+
+def score_split(files: RunFiles, split: str) -> dict[str, Any]:
+    """Return a split's figures: counts (C, C) has true classes down and predicted classes across."""
+    prefix = f"{split}/confusion/"
+    cells = {key.removeprefix(prefix): n for key, n in files.metrics.items() if key.startswith(prefix)}
+    names = list(files.config.get("classes") or [])
+    names += sorted({name for pair in cells for name in pair.split("/")} - set(names))
+    counts = [[int(cells.get(f"{true}/{guess}", 0)) for guess in names] for true in names]
+    accuracy, loss = (files.metrics.get(f"{split}/{name}") for name in ("accuracy", "loss"))
+    images = files.metrics.get(f"{split}/num_images", (files.config.get("num_images") or {}).get(split))
+    # Only some test images may have a true label, so the confusion counts say of how many the accuracy is.
+    judged = sum(map(sum, counts)) or int(images or 0) * is_number(accuracy)
+    correct = round(accuracy * judged) if judged and is_number(accuracy) else 0
+    return {
+        "split": split, "accuracy": accuracy, "loss": loss, "images": images,
+        "known": any(map(is_number, (accuracy, loss, images))),
+        "judged": judged, "correct": correct, "interval": wilson_interval(correct, judged),
+        "names": names, "counts": counts if cells else [],
+    }  # fmt: skip
+
+
+def wilson_interval(correct: int, judged: int) -> tuple[float, float]:
+    """Return the 95% Wilson interval, as fractions, for `correct` out of `judged` images."""
+    if not judged:
+        return 0.0, 1.0
+    z, share = 1.959964, correct / judged
+    centre, scale = share + z * z / (2 * judged), 1 + z * z / judged
+    margin = z * math.sqrt(share * (1 - share) / judged + z * z / (4 * judged * judged))
+    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def format_number(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if is_number(value) else "–"
+
+
+def format_percent(share: Any) -> str:
+    return f"{100 * share:.1f}%" if is_number(share) else "–"
+
+
+def format_probability(value: float) -> str:
+    # A rounded 1.000 would claim a certainty that the model did not state.
+    return ">0.999" if 0.9995 <= value < 1 else "<0.001" if 0 < value < 0.0005 else format_number(value, 3)
+
+
+def format_setting(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{key} {entry}" for key, entry in value.items()]
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "–" if value is None or not text else text
+
+
+def align_columns(rows: list[list[str]], *, text_columns: int, width: int = 100) -> str:
+    """Lay out rows of cells, the first `text_columns` of them to the left and cut to fit into `width`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[:text_columns]) > 4:
+        widths[widths.index(max(widths[:text_columns]))] -= 1
+    lines = []
+    for row in rows:
+        texts = [cell if len(cell) <= w else cell[: w - 1] + "…" for cell, w in zip(row, widths, strict=True)]
+        cells = [text.ljust(w) if i < text_columns else text.rjust(w)
+                 for i, (text, w) in enumerate(zip(texts, widths, strict=True))]  # fmt: skip
+        lines.append("  ".join(cells).rstrip()[:width])
+    return "\n".join(lines)
+
+
+def tabulate_timing(timing: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the cells of timing.csv, the whole run first and then a row a worker."""
+    columns = {f"{name}_s": name.replace("inference", "infer")
+               for name in ("startup", "data", "train", "inference", "total")}  # fmt: skip
+    columns |= {"train_images_per_sec": "train/s", "inference_images_per_sec": "infer/s"}
+    texts = timing[["rank", "node", "device_name", "device", "num_workers"]].to_numpy(dtype=str).tolist()
+    numbers = np.stack([read_numbers(timing, column) for column in columns], axis=1)
+    rows = []
+    for (rank, node, name, device, workers), values in zip(texts, numbers, strict=True):
+        who = f"worker {rank}" if rank else f"whole run ({workers or '?'})"
+        rows.append([who, node or "–", name or device or "–", *(format_number(float(v), 1) for v in values)])
+    return ["row (workers)", "node", "device", *columns.values()], rows
+
+
+def show_timing(files: RunFiles) -> dict[str, Any] | None:
+    header, rows = tabulate_timing(files.timing) if len(files.timing) else ([], [])
+    return {"name": "timing", "header": header, "rows": rows} if rows or files.config else None
+
+
+def show_curves(files: RunFiles) -> dict[str, Any] | None:
+    history = files.history
+    plots = [draw_curves(history, name, {"train": f"train/{name}", "validation": f"val/{name}"})
+             for name in ("loss", "accuracy")]  # fmt: skip
+    plots.append(draw_curves(history, "learning rate", {"": "lr"}, height=1.25))
+    plots = [plot for plot in plots if plot]
+    table = {"header": history.columns.tolist(), "rows": history.to_numpy(dtype=str).tolist()}
+    return {"name": "curves", "plots": plots, **table} if plots else None
+
+
+def draw_curves(
+    history: pd.DataFrame, title: str, columns: dict[str, str], *, height: float = 2.4
+) -> dict[str, str] | None:
+    """Draw columns over the epochs, in inches 4.6 x height, as inline SVG with its alt text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # Colours that no plot would use: the page's style sheet gives each its light and its dark value.
+    themes = {"#000001": "--muted", "#000002": "--line", "#000003": "--train", "#000004": "--accent"}
+    muted, line, train, accent = themes
+    styles = {"train": {"color": train, "linestyle": "--"}, "validation": {"color": accent}, "": {"color": muted}}
+    epochs, spoken, buffer = read_numbers(history, "epoch"), [], io.StringIO()
+    with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": title}):
+        figure = Figure(figsize=(4.6, height), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        for label, column in columns.items():
+            values = read_numbers(history, column)
+            finite = values[np.isfinite(values)]
+            if finite.size:
+                dots = {"marker": "o", "markersize": 3} if len(values) <= 30 else {}
+                axes.plot(epochs, values, linewidth=1.6, label=label, **styles[label], **dots)
+                spoken.append(f"{label} from {finite[0]:.4g} to {finite[-1]:.4g}".strip())
+        if not spoken:
+            return None
+        axes.set_title(title, loc="left", fontsize=10, color=muted)
+        axes.set_xlabel("epoch", color=muted)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5 if height > 2 else 2))
+        axes.grid(axis="y", color=line, linewidth=0.8)
+        axes.tick_params(colors=muted, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(line)
+        if len(columns) > 1:
+            axes.legend(frameon=False, labelcolor="linecolor")
+        figure.savefig(buffer, format="svg")
+    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    # Several drawings share one page, where group ids and matplotlib's rule for `*` would collide.
+    for waste in (r"<metadata>.*?</metadata>", r"<defs>\s*<style.*?</defs>", r' xmlns(:\w+)?="[^"]*"'):
+        svg = re.sub(waste, "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub("|".join(themes), lambda colour: f"var({themes[colour[0]]})", svg)
+    return {"svg": svg, "alt": f"{title} over {len(epochs)} epochs: {'; '.join(spoken)}"}
+
+
+def show_scores(files: RunFiles) -> dict[str, Any] | None:
+    scores = [score for split in ("val", "test") if (score := score_split(files, split))["judged"]]
+    return {"name": "scores", "scores": scores} if scores else None
+
+
+def show_predictions(
+    files: RunFiles, read_image: Callable[[str], np.ndarray], *, spread: int = 24, extreme: int = 8
+) -> dict[str, Any] | None:
+    table = files.predictions.sort_values("path", ignore_index=True) if len(files.predictions) else pd.DataFrame()
+    if not len(table):
+        return None
+    names = [column[2:] for column in table.columns if column.startswith("p_")]
+    chances = np.stack([read_numbers(table, f"p_{name}") for name in names], axis=1)
+    paths, ids, labels = (table[column].tolist() for column in ("path", "id", "label"))
+    stated = np.array([chances[row, names.index(label)] for row, label in enumerate(labels)])
+    ranked = [int(row) for row in np.argsort(-stated, kind="stable") if np.isfinite(stated[row])]
+    even = np.unique(np.linspace(0, len(table) - 1, min(spread, len(table))).round().astype(int)).tolist()
+    pictures, missing = {}, {}
+    for row in dict.fromkeys([*even, *ranked[:extreme], *ranked[-extreme:]]):
+        try:
+            thumbnail = encode_thumbnail(read_image(paths[row]))
+        except OSError as error:
+            missing[paths[row]] = str(error)
+            continue
+        others = [(name, chances[row, i]) for i, name in enumerate(names) if name != labels[row]]
+        bars = [(labels[row], stated[row]), *sorted(others, key=lambda pair: -pair[1])[:2]]
+        alt = f"test image {ids[row]}, predicted {labels[row]}"
+        pictures[row] = {"uri": thumbnail, "alt": alt, "title": ids[row], "bars": bars}
+
+    def pick(rows: list[int], most: int) -> list[dict[str, Any]]:
+        return [{**pictures[row], "bars": pictures[row]["bars"][:most]} for row in rows if row in pictures]
+
+    grids = {"Evenly spaced by path": pick(even, 3), "Most confident": pick(ranked[:extreme], 1),
+             "Least confident": pick(ranked[::-1][:extreme], 1)}  # fmt: skip
+    return {"name": "predictions", "grids": grids, "missing": missing, "images": len(table),
+            "totals": table["label"].value_counts().to_dict()}  # fmt: skip
+
+
+def show_views(views: Sequence[tuple[np.ndarray, str]], *, limit: int = 24) -> dict[str, Any] | None:
+    pictures = [{"uri": encode_thumbnail(picture), "alt": f"training view, label {label}", "title": label, "bars": []}
+                for picture, label in views[:limit]]  # fmt: skip
+    return {"name": "views", "pictures": pictures} if pictures else None
+
+
+def encode_thumbnail(picture: np.ndarray, *, side: int = 176) -> str:
+    """Return a uint8 picture (H, W, 3) as the data URI of a JPEG at most `side` pixels wide and high."""
+    image, buffer = Image.fromarray(np.ascontiguousarray(picture)), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(buffer, format="JPEG", quality=76, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def show_skipped(files: RunFiles, *, limit: int = 200) -> dict[str, Any] | None:
+    table = files.skipped.head(limit)
+    cells = {"header": table.columns.tolist(), "rows": table.to_numpy(dtype=str).tolist()}
+    return {"name": "skipped", "images": len(files.skipped), **cells} if len(table) else None
+
+
+def show_settings(files: RunFiles) -> dict[str, Any] | None:
+    settings = {key: value for key, value in files.config.items() if key not in ("versions", "notes")}
+    versions = files.config.get("versions") or {}
+    return {"name": "settings", "settings": settings, "versions": versions} if files.config else None
+
+
+def render_page(files: RunFiles, sections: list[dict[str, Any]]) -> str:
+    """Return the page's HTML: key figures and notes, then the sections, each by the macro of its name."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters |= {"number": format_number, "percent": format_percent,
+                     "probability": format_probability, "setting": format_setting}  # fmt: skip
+    seconds, rates = (read_numbers(files.timing, name) for name in ("total_s", "inference_images_per_sec"))
+    return page.get_template("report.html.j2").render(
+        run=files.path.resolve().name,
+        config=files.config,
+        scores=[score_split(files, split) for split in ("val", "test", "train")],
+        unreadable=files.metrics.get("test/num_unreadable", 0),
+        seconds=next(map(float, seconds), math.nan),
+        rate=next(map(float, rates), math.nan),
+        sections=sections,
+    )

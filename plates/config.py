@@ -93,7 +93,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig, WorkerConfig, ModelConfig):
+class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
     """Fine-tune a classifier, predict the test split, write a report.
 
     With no flags it trains on drawn plates on this machine. A folder of photos:
@@ -107,7 +107,7 @@ class TrainConfig(DataConfig, WorkerConfig, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(DataConfig, WorkerConfig):
+class PredictConfig(WorkerConfig, DataConfig):
     """Predict a test split, or a plain folder of images, from a checkpoint alone."""
 
     checkpoint: str

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,12 +47,11 @@ def write_report(
         show_predictions(files, read_image),
         show_views(train_views),
         show_skipped(files),
-        show_settings(files),
+        {"name": "settings"} if files.config else None,
     ]
     target, part = run / "report.html", run / ".report.html.part"
     part.write_text(render_page(files, [section for section in sections if section]), encoding="utf-8")
-    os.replace(part, target)
-    return target
+    return part.replace(target)
 
 
 def summary_table(run: Path) -> str:
@@ -63,26 +61,21 @@ def summary_table(run: Path) -> str:
         header, rows = tabulate_timing(files.timing)
         blocks.append(align_columns([header, *rows], text_columns=3))
         blocks.append("Times in seconds; train/s and infer/s in images per second.\n")
-    scores = [score_split(files, split) for split in ("train", "val", "test")]
-    rows = [
-        [s["split"], format_number(s["images"], 0), format_percent(s["accuracy"]), format_number(s["loss"], 4)]
-        for s in scores
-        if s["known"]
-    ]
-    if rows:
-        blocks.append(align_columns([["", "images", "accuracy", "loss"], *rows], text_columns=1))
+    rows = [["", "images", "accuracy", "loss"]]
+    for split in ("train", "val", "test"):
+        s = score_split(files, split)
+        cells = [format_number(s["images"], 0), format_percent(s["accuracy"]), format_number(s["loss"], 4)]
+        rows += [[split, *cells]] if set(cells) != {"–"} else []
+    if len(rows) > 1:
+        blocks.append(align_columns(rows, text_columns=1))
     return "\n".join(blocks)
 
 
 def read_run(run: Path) -> RunFiles:
     """Read every file of a run directory that the page or the terminal's table may show."""
-    config, metrics = (read_json(run / f"{name}.json") for name in ("config", "metrics"))
+    texts = [p.read_text("utf-8") if p.exists() else "{}" for p in (run / "config.json", run / "metrics.json")]
     tables = [read_table(run / f"{name}.csv") for name in ("history", "timing", "predictions", "skipped")]
-    return RunFiles(run, config, metrics, *tables)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return RunFiles(run, *map(json.loads, texts), *tables)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -104,26 +97,20 @@ def score_split(files: RunFiles, split: str) -> dict[str, Any]:
     """Return a split's figures: counts (C, C) has true classes down and predicted classes across."""
     prefix = f"{split}/confusion/"
     cells = {key.removeprefix(prefix): n for key, n in files.metrics.items() if key.startswith(prefix)}
-    names = list(files.config.get("classes") or [])
-    names += sorted({name for pair in cells for name in pair.split("/")} - set(names))
+    names = files.config.get("classes") or sorted({name for pair in cells for name in pair.split("/")})
     counts = [[int(cells.get(f"{true}/{guess}", 0)) for guess in names] for true in names]
     accuracy, loss = (files.metrics.get(f"{split}/{name}") for name in ("accuracy", "loss"))
     images = files.metrics.get(f"{split}/num_images", (files.config.get("num_images") or {}).get(split))
     # Only some test images may have a true label, so the confusion counts say of how many the accuracy is.
     judged = sum(map(sum, counts)) or int(images or 0) * is_number(accuracy)
-    correct = round(accuracy * judged) if judged and is_number(accuracy) else 0
-    return {
-        "split": split, "accuracy": accuracy, "loss": loss, "images": images,
-        "known": any(map(is_number, (accuracy, loss, images))),
-        "judged": judged, "correct": correct, "interval": wilson_interval(correct, judged),
-        "names": names, "counts": counts if cells else [],
-    }  # fmt: skip
+    correct = sum(row[i] for i, row in enumerate(counts)) if cells else round((accuracy or 0) * judged)
+    score = {"split": split, "accuracy": accuracy, "loss": loss, "images": images, "judged": judged}
+    score |= {"correct": correct, "interval": wilson_interval(correct, judged) if judged else (0.0, 1.0)}
+    return score | {"names": names, "counts": counts if cells else []}
 
 
 def wilson_interval(correct: int, judged: int) -> tuple[float, float]:
-    """Return the 95% Wilson interval, as fractions, for `correct` out of `judged` images."""
-    if not judged:
-        return 0.0, 1.0
+    """Return the 95% Wilson interval, as fractions, for `correct` out of `judged` > 0 images."""
     z, share = 1.959964, correct / judged
     centre, scale = share + z * z / (2 * judged), 1 + z * z / judged
     margin = z * math.sqrt(share * (1 - share) / judged + z * z / (4 * judged * judged))
@@ -161,25 +148,23 @@ def align_columns(rows: list[list[str]], *, text_columns: int, width: int = 100)
         widths[widths.index(max(widths[:text_columns]))] -= 1
     lines = []
     for row in rows:
-        texts = [cell if len(cell) <= w else cell[: w - 1] + "…" for cell, w in zip(row, widths, strict=True)]
-        cells = [text.ljust(w) if i < text_columns else text.rjust(w)
-                 for i, (text, w) in enumerate(zip(texts, widths, strict=True))]  # fmt: skip
+        cells = [cell if len(cell) <= w else cell[: w - 1] + "…" for cell, w in zip(row, widths, strict=True)]
+        cells = [f"{cell:{'<' if i < text_columns else '>'}{widths[i]}}" for i, cell in enumerate(cells)]
         lines.append("  ".join(cells).rstrip()[:width])
     return "\n".join(lines)
 
 
 def tabulate_timing(timing: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Return the header and the cells of timing.csv, the whole run first and then a row a worker."""
-    columns = {f"{name}_s": name.replace("inference", "infer")
-               for name in ("startup", "data", "train", "inference", "total")}  # fmt: skip
-    columns |= {"train_images_per_sec": "train/s", "inference_images_per_sec": "infer/s"}
-    texts = timing[["rank", "node", "device_name", "device", "num_workers"]].to_numpy(dtype=str).tolist()
+    columns = {"startup_s": "startup", "data_s": "data", "train_s": "train", "inference_s": "infer"}
+    columns |= {"total_s": "total", "train_images_per_sec": "train/s", "inference_images_per_sec": "infer/s"}
+    texts = timing[["rank", "node", "device_name", "device"]].to_numpy(dtype=str).tolist()
     numbers = np.stack([read_numbers(timing, column) for column in columns], axis=1)
     rows = []
-    for (rank, node, name, device, workers), values in zip(texts, numbers, strict=True):
-        who = f"worker {rank}" if rank else f"whole run ({workers or '?'})"
+    for (rank, node, name, device), values in zip(texts, numbers, strict=True):
+        who = f"worker {rank}" if rank else "whole run"
         rows.append([who, node or "–", name or device or "–", *(format_number(float(v), 1) for v in values)])
-    return ["row (workers)", "node", "device", *columns.values()], rows
+    return ["", "node", "device", *columns.values()], rows
 
 
 def show_timing(files: RunFiles) -> dict[str, Any] | None:
@@ -189,55 +174,49 @@ def show_timing(files: RunFiles) -> dict[str, Any] | None:
 
 def show_curves(files: RunFiles) -> dict[str, Any] | None:
     history = files.history
-    plots = [draw_curves(history, name, {"train": f"train/{name}", "validation": f"val/{name}"})
-             for name in ("loss", "accuracy")]  # fmt: skip
-    plots.append(draw_curves(history, "learning rate", {"": "lr"}, height=1.25))
-    plots = [plot for plot in plots if plot]
-    table = {"header": history.columns.tolist(), "rows": history.to_numpy(dtype=str).tolist()}
-    return {"name": "curves", "plots": plots, **table} if plots else None
+    drawn = [draw_curves(history, name, [f"train/{name}", f"val/{name}"], 2.2) for name in ("loss", "accuracy")]
+    drawn.append(draw_curves(history, "learning rate", ["lr"], 1.25))
+    plots = [plot for plot in drawn if plot]
+    cells = {"header": history.columns.tolist(), "rows": history.to_numpy(dtype=str).tolist()}
+    return {"name": "curves", "plots": plots, **cells} if plots else None
 
 
-def draw_curves(
-    history: pd.DataFrame, title: str, columns: dict[str, str], *, height: float = 2.4
-) -> dict[str, str] | None:
-    """Draw columns over the epochs, in inches 4.6 x height, as inline SVG with its alt text."""
-    import matplotlib
+def draw_curves(history: pd.DataFrame, title: str, columns: list[str], height: float) -> dict[str, str]:
+    """Draw columns over the epochs, 3.5 x `height` inches, as inline SVG with its alt text; {} if all NaN."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     # Colours that no plot would use: the page's style sheet gives each its light and its dark value.
     themes = {"#000001": "--muted", "#000002": "--line", "#000003": "--train", "#000004": "--accent"}
     muted, line, train, accent = themes
-    styles = {"train": {"color": train, "linestyle": "--"}, "validation": {"color": accent}, "": {"color": muted}}
+    styles = {"train": (train, "--"), "val": (accent, "-"), "lr": (muted, "-")}
     epochs, spoken, buffer = read_numbers(history, "epoch"), [], io.StringIO()
-    with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": title}):
-        figure = Figure(figsize=(4.6, height), layout="constrained", facecolor="none")
+    with rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": title, "axes.edgecolor": line}):
+        figure = Figure(figsize=(3.5, height), layout="constrained", facecolor="none")
         axes = figure.add_subplot(facecolor="none")
-        for label, column in columns.items():
-            values = read_numbers(history, column)
+        for column in columns:
+            label, values = column.split("/")[0], read_numbers(history, column)
             finite = values[np.isfinite(values)]
             if finite.size:
-                dots = {"marker": "o", "markersize": 3} if len(values) <= 30 else {}
-                axes.plot(epochs, values, linewidth=1.6, label=label, **styles[label], **dots)
-                spoken.append(f"{label} from {finite[0]:.4g} to {finite[-1]:.4g}".strip())
+                (colour, dash), dot = styles[label], "o" if len(values) <= 30 else ""
+                axes.plot(epochs, values, dot + dash, color=colour, linewidth=1.6, markersize=3, label=label)
+                spoken.append(f"{label} from {finite[0]:.4g} to {finite[-1]:.4g}")
         if not spoken:
-            return None
+            return {}
         axes.set_title(title, loc="left", fontsize=10, color=muted)
         axes.set_xlabel("epoch", color=muted)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5 if height > 2 else 2))
+        axes.locator_params(axis="x", integer=True, nbins=6)
+        axes.locator_params(axis="y", nbins=5 if height > 2 else 2)
         axes.grid(axis="y", color=line, linewidth=0.8)
         axes.tick_params(colors=muted, length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(line)
         if len(columns) > 1:
             axes.legend(frameon=False, labelcolor="linecolor")
         figure.savefig(buffer, format="svg")
     svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
     # Several drawings share one page, where group ids and matplotlib's rule for `*` would collide.
-    for waste in (r"<metadata>.*?</metadata>", r"<defs>\s*<style.*?</defs>", r' xmlns(:\w+)?="[^"]*"'):
-        svg = re.sub(waste, "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    waste = r"""<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>| xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*["]"""
+    svg = re.sub(waste, "", svg, flags=re.DOTALL)
     svg = re.sub("|".join(themes), lambda colour: f"var({themes[colour[0]]})", svg)
     return {"svg": svg, "alt": f"{title} over {len(epochs)} epochs: {'; '.join(spoken)}"}
 
@@ -250,9 +229,9 @@ def show_scores(files: RunFiles) -> dict[str, Any] | None:
 def show_predictions(
     files: RunFiles, read_image: Callable[[str], np.ndarray], *, spread: int = 24, extreme: int = 8
 ) -> dict[str, Any] | None:
-    table = files.predictions.sort_values("path", ignore_index=True) if len(files.predictions) else pd.DataFrame()
-    if not len(table):
+    if files.predictions.empty:
         return None
+    table = files.predictions.sort_values("path", ignore_index=True)
     names = [column[2:] for column in table.columns if column.startswith("p_")]
     chances = np.stack([read_numbers(table, f"p_{name}") for name in names], axis=1)
     paths, ids, labels = (table[column].tolist() for column in ("path", "id", "label"))
@@ -270,19 +249,18 @@ def show_predictions(
         bars = [(labels[row], stated[row]), *sorted(others, key=lambda pair: -pair[1])[:2]]
         alt = f"test image {ids[row]}, predicted {labels[row]}"
         pictures[row] = {"uri": thumbnail, "alt": alt, "title": ids[row], "bars": bars}
-
-    def pick(rows: list[int], most: int) -> list[dict[str, Any]]:
-        return [{**pictures[row], "bars": pictures[row]["bars"][:most]} for row in rows if row in pictures]
-
-    grids = {"Evenly spaced by path": pick(even, 3), "Most confident": pick(ranked[:extreme], 1),
-             "Least confident": pick(ranked[::-1][:extreme], 1)}  # fmt: skip
-    return {"name": "predictions", "grids": grids, "missing": missing, "images": len(table),
-            "totals": table["label"].value_counts().to_dict()}  # fmt: skip
+    picks = {"Evenly spaced by path": even, "Most confident": ranked[:extreme]}
+    picks["Least confident"] = ranked[::-1][:extreme]
+    grids = {title: [pictures[row] for row in rows if row in pictures] for title, rows in picks.items()}
+    totals = table["label"].value_counts().to_dict()
+    return {"name": "predictions", "grids": grids, "missing": missing, "images": len(table), "totals": totals}
 
 
 def show_views(views: Sequence[tuple[np.ndarray, str]], *, limit: int = 24) -> dict[str, Any] | None:
-    pictures = [{"uri": encode_thumbnail(picture), "alt": f"training view, label {label}", "title": label, "bars": []}
-                for picture, label in views[:limit]]  # fmt: skip
+    pictures = []
+    for picture, label in views[:limit]:
+        alt = f"training view, label {label}"
+        pictures.append({"uri": encode_thumbnail(picture), "alt": alt, "title": label, "bars": []})
     return {"name": "views", "pictures": pictures} if pictures else None
 
 
@@ -300,18 +278,12 @@ def show_skipped(files: RunFiles, *, limit: int = 200) -> dict[str, Any] | None:
     return {"name": "skipped", "images": len(files.skipped), **cells} if len(table) else None
 
 
-def show_settings(files: RunFiles) -> dict[str, Any] | None:
-    settings = {key: value for key, value in files.config.items() if key not in ("versions", "notes")}
-    versions = files.config.get("versions") or {}
-    return {"name": "settings", "settings": settings, "versions": versions} if files.config else None
-
-
 def render_page(files: RunFiles, sections: list[dict[str, Any]]) -> str:
     """Return the page's HTML: key figures and notes, then the sections, each by the macro of its name."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"number": format_number, "percent": format_percent,
-                     "probability": format_probability, "setting": format_setting}  # fmt: skip
+    page.filters |= {"number": format_number, "percent": format_percent}
+    page.filters |= {"probability": format_probability, "setting": format_setting}
     seconds, rates = (read_numbers(files.timing, name) for name in ("total_s", "inference_images_per_sec"))
     return page.get_template("report.html.j2").render(
         run=files.path.resolve().name,

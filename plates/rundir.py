@@ -2,10 +2,12 @@
 
 import json
 import os
+import platform
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,56 @@ from plates.config import UserError
 CONFIG_FILE = "config.json"
 
 
-def open_run(out: str | None, job: str, config: Any) -> Path:
-    """Absolute run directory, made and claimed for these settings.
+def find_run(out: str | None, job: str, config: Any) -> Path:
+    """Absolute path of the run directory for these settings; nothing is made yet.
 
-    A fresh or empty directory is taken; an unfinished run of the same job and settings is taken again.
+    A fresh or empty directory is fine, and so is an unfinished run of the same job and settings.
 
     Raises: UserError for a finished run, a run of other settings, or a directory of other things.
     """
-    settings = requested(job, config)
     run = Path(out).expanduser() if out else Path("runs") / f"{job}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run = run.absolute()
-    check_claimable(run, settings)
+    check_claimable(run, requested(job, config))
+    return run
+
+
+def claim_run(run: Path, job: str, config: Any, resolved: dict[str, Any]) -> None:
+    """Makes the directory and writes config.json, unfinished. Raises: UserError where it cannot be written."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / CONFIG_FILE, {"status": "unfinished", "requested": settings})
+        settings = requested(job, config)
+        write_json(run / CONFIG_FILE, {"status": "unfinished", **settings, **resolved, "requested": settings})
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
-    return run
+        raise UserError(f"--out {run}: cannot be written ({error.strerror})") from error
+
+
+def write_results(
+    run: Path,
+    figures: dict[str, float | int],
+    timing: pd.DataFrame,
+    skipped: Sequence[Any],
+) -> None:
+    """metrics.json, timing.csv and, where images could not be read, skipped.csv; device names into config.json."""
+    write_json(run / "metrics.json", figures)
+    write_csv(run / "timing.csv", timing)
+    if skipped:
+        write_csv(run / "skipped.csv", pd.DataFrame([asdict(item) for item in skipped]))
+    update_config(run, device_names=sorted(set(timing["device_name"])))
+
+
+def finish_run(run: Path) -> None:
+    """Marks the run as finished: from now on it is never written again."""
+    update_config(run, status="finished")
+
+
+def update_config(run: Path, **changes: Any) -> None:
+    write_json(run / CONFIG_FILE, {**json.loads((run / CONFIG_FILE).read_text()), **changes})
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    packages = ("plates", "torch", "torchvision", "ray", "timm", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def check_claimable(run: Path, settings: dict[str, Any]) -> None:
@@ -55,8 +90,8 @@ def check_claimable(run: Path, settings: dict[str, Any]) -> None:
 
 def requested(job: str, config: Any) -> dict[str, Any]:
     """The settings that make two runs the same run: everything but where it is written."""
-    settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
-    settings.pop("out", None)
+    settings = asdict(config)
+    settings.pop("out")
     return {"job": job, **settings}
 
 

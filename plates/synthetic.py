@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cmath
 import colorsys
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,27 +12,23 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 CLASSES = ("cleaned", "dirty")
 
-HEIGHT_PX = 256
-WIDTH_PX = 341
+SIZE_PX = WIDTH_PX, HEIGHT_PX = 341, 256
 SUPERSAMPLING = 2
-SCENE_STREAM = 0
-DIRT_STREAM = 1
+MARGIN_PX = 5
+SCENE_STREAM, DIRT_STREAM = 0, 1
 # Grey level 255 of the distance map stands for this multiple of the plate's radius.
 FARTHEST = 1.2
 
+# Gravy, tomato, curry, herbs, chocolate, crust, beetroot.
 FOOD_COLOURS = (
-    (106, 58, 26),  # gravy
-    (168, 38, 22),  # tomato
-    (204, 136, 30),  # curry
-    (72, 92, 30),  # herbs
-    (62, 36, 22),  # chocolate
-    (150, 92, 44),  # crust
-    (116, 28, 50),  # beetroot
+    *((106, 58, 26), (168, 38, 22), (204, 136, 30), (72, 92, 30)),
+    *((62, 36, 22), (150, 92, 44), (116, 28, 50)),
 )
 
 Colour = tuple[int, int, int]
 Span = tuple[float, float]
-Points = list[tuple[float, float]]
+Range = tuple[int, int]
+Box = tuple[int, int, int, int]
 
 
 def draw_plate(seed: int, index: int, is_dirty: bool) -> np.ndarray:
@@ -51,18 +49,12 @@ def draw_plate(seed: int, index: int, is_dirty: bool) -> np.ndarray:
 
 
 def draw_background(rng: np.random.Generator) -> Image.Image:
-    kind = rng.choice(("wood", "cloth", "stone", "plain"))
+    kind = rng.choice(("wood", "cloth", "plain"))
     if kind == "wood":
-        base = sample_colour(rng, hue=(0.05, 0.1), saturation=(0.3, 0.6), value=(0.35, 0.8))
-        texture = make_noise(rng, int(rng.integers(50, 90)), 4).point(make_ramp(0.5))
-    elif kind == "stone":
-        base = sample_colour(rng, saturation=(0, 0.15), value=(0.25, 0.85))
-        texture = make_noise(rng, 60, 80).point(make_ramp(0.3))
+        tones = rng.uniform(0.6, 1, (80, 4, 1)) * rng.uniform(90, 205) * np.array((1, 0.7, 0.45))
     else:
-        base = sample_colour(rng, saturation=(0, 0.5), value=(0.4, 0.95))
-        texture = make_noise(rng, 3, 4).point(make_ramp(0.12))
-    image = Image.new("RGB", (WIDTH_PX, HEIGHT_PX), base)
-    image.paste(scale_colour(base, 0.4), mask=texture)
+        tones = rng.uniform(0.9, 1, (3, 4, 1)) * sample_colour(rng, saturation=(0, 0.5), value=(0.4, 1))
+    image = Image.fromarray(tones.astype(np.uint8)).resize(SIZE_PX, Image.Resampling.BILINEAR)
     if kind == "cloth":
         spacing_px, share = rng.uniform(24, 60), rng.uniform(0.2, 0.6)
         bands = np.arange(WIDTH_PX) % spacing_px < spacing_px * share
@@ -75,157 +67,148 @@ def lay_plate(rng: np.random.Generator, image: Image.Image) -> Plate:
     """Paint a bare plate and its shadow onto `image`."""
     kind = rng.choice(("round", "oval", "square"), p=(0.6, 0.2, 0.2))
     half_width_px = rng.uniform(98, 124)
-    plate = Plate(
-        image=image,
-        mask=Image.new("L", image.size),
-        centre_px=(WIDTH_PX / 2 + rng.uniform(-25, 25), HEIGHT_PX / 2 + rng.uniform(-8, 8)),
-        half_px=(half_width_px, half_width_px * (rng.uniform(0.7, 0.85) if kind == "oval" else 1)),
-        tilt_rad=rng.uniform(-0.5, 0.5),
-    )
+    half_px = (half_width_px, half_width_px * (rng.uniform(0.7, 0.85) if kind == "oval" else 1))
+    centre_px = (WIDTH_PX / 2 + rng.uniform(-25, 25), HEIGHT_PX / 2 + rng.uniform(-8, 8))
+    plate = Plate(image, Image.new("L", SIZE_PX), centre_px, half_px, tilt_rad=rng.uniform(-0.5, 0.5))
     across, down = plate.measure_axes()
-    radius = np.square(across) + np.square(down)
+    radius = np.sqrt(np.square(across) + np.square(down))
     if kind == "square":
-        radius = np.sqrt(np.square(np.square(across)) + np.square(np.square(down)))
-    step = np.minimum(np.sqrt(radius) * np.float32(255 / FARTHEST), 255).astype(np.uint8)
-    distance = Image.fromarray(step)
-    colours, slope = profile_plate(rng)
+        radius = np.sqrt(np.sqrt(np.square(np.square(across)) + np.square(np.square(down))))
+    step = np.minimum(radius * (255 / FARTHEST), 255).astype(np.uint8)
+    distance, at = Image.fromarray(step), np.linspace(0, FARTHEST, 256)
+    colours, slope = profile_plate(rng, at)
     light_rad = rng.uniform(0, 2 * np.pi)
-    tilt = across * np.float32(np.cos(light_rad)) + down * np.float32(np.sin(light_rad))
-    relief = Image.fromarray((slope[step] * tilt + 128).astype(np.uint8))
+    height = slope.take(step) * (across * math.cos(light_rad) + down * math.sin(light_rad))
+    relief = Image.fromarray((height + 128).astype(np.uint8))
+    # Looking levels up by distance is far cheaper than computing every ring at every pixel.
     bands = [ImageChops.add(distance.point(levels), relief, 1, -128) for levels in colours]
-    at = np.linspace(0, FARTHEST, 256)
-    shadow = distance.point(list(np.clip((1.13 - at) * 700, 0, 110).astype(int)))
+    shadow = distance.point(np.clip((1.13 - at) * 700, 0, 110).astype(int).tolist())
     image.paste((12, 10, 10), mask=ImageChops.offset(shadow, *rng.integers(-7, 8, 2).tolist()))
-    plate.mask.paste(distance.point(list(np.clip((1 - at) * 120 * 255, 0, 255).astype(int))))
+    plate.mask.paste(distance.point(np.clip((1 - at) * 120 * 255, 0, 255).astype(int).tolist()))
     image.paste(Image.merge("RGB", bands), mask=plate.mask)
     return plate
 
 
-def profile_plate(rng: np.random.Generator) -> tuple[list[list[int]], np.ndarray]:
-    """Levels of red, green and blue by distance, 3 lists of 256, and the slope, float32 (256,)."""
-    at = np.linspace(0, FARTHEST, 256)
+def profile_plate(rng: np.random.Generator, at: np.ndarray) -> tuple[list[list[int]], np.ndarray]:
+    """Levels of red, green and blue at 256 distances `at`, and the slope, float32 (256,)."""
     well = rng.uniform(0.6, 0.78)
-    is_white = rng.random() < 0.6
-    ranges: tuple[Span, Span] = ((0, 0.07), (0.85, 0.97)) if is_white else ((0.1, 0.6), (0.4, 0.95))
-    colours = np.tile(np.float32(sample_colour(rng, (0, 1), *ranges)), (256, 1))
+    glaze = sample_colour(rng, saturation=(0, 0.6), value=(0.4, 0.95))
+    if rng.random() < 0.6:
+        glaze = sample_colour(rng, saturation=(0, 0.07), value=(0.85, 0.97))
+    colours = np.tile(np.array(glaze, np.float32), (256, 1))
     if rng.random() < 0.25:
         colours[at > well] = sample_colour(rng)
     for _ in range(rng.integers(0, 4)):
         ring, half_width = rng.uniform(well - 0.1, 0.99), rng.uniform(0.004, 0.03)
         strength = np.clip((half_width - np.abs(at - ring)) / 0.006 + 0.5, 0, 1)[:, None]
-        colours += strength * (np.float32(sample_colour(rng)) - colours)
+        colours += strength * (np.array(sample_colour(rng)) - colours)
     bump = np.exp(-(((at - well) / 0.035) ** 2)) - 0.8 * np.exp(-(((at - 0.975) / 0.02) ** 2))
     slope = rng.uniform(25, 60) * bump + rng.uniform(4, 16)
     return colours.astype(int).T.tolist(), slope.astype(np.float32)
 
 
 def print_decoration(rng: np.random.Generator, plate: Plate) -> None:
-    kind = rng.choice(("none", "dots", "petals", "stripes", "flowers", "marble"))
+    kind = rng.choice(("none", "dots", "flowers", "stripes", "marble"))
     mask, draw = start_mask()
-    count = int(rng.integers(7, 22))
-    ring, size = rng.uniform(0.7, 0.92), rng.uniform(0.03, 0.08)
-    turns_rad = np.arange(count) * 2 * np.pi / count
+    count, ring, size = int(rng.integers(7, 22)), rng.uniform(0.7, 0.92), rng.uniform(0.03, 0.08)
+    turns_rad = np.linspace(0, 2 * np.pi, count, endpoint=False)
+    rim = plate.locate(turns_rad, ring)
     if kind == "dots":
-        for turn_rad in turns_rad:
-            draw.polygon(plate.trace_blob(rng, (turn_rad, ring), size, roughness=0), fill=255)
-    elif kind == "petals":
-        for turn_rad in turns_rad:
-            for lean_rad in (-0.5, 0, 0.5):
-                draw.polygon(plate.trace_petal((turn_rad, ring), size * 2, turn_rad + lean_rad), fill=220)
-    elif kind == "stripes":
-        for turn_rad in turns_rad:
-            draw.line([plate.locate(turn_rad, at) for at in (ring, 1)], fill=230, width=int(size * 100))
+        plate.draw_discs(draw, rim, np.full(count, size), 255)
     elif kind == "flowers":
-        for spot in [sample_spot(rng) for _ in range(count // 2)]:
-            for lean_rad in np.arange(5) * 2 * np.pi / 5:
-                draw.polygon(plate.trace_petal(spot, size * 1.5, lean_rad), fill=220)
-    elif kind == "marble":
-        veins = make_noise(rng, 12, 16).point([220 * (116 < level < 140) for level in range(256)])
-        mask.paste(veins.resize(mask.size))
+        hearts = rim if rng.random() < 0.6 else plate.locate(*sample_spots(rng, count // 2))
+        petals = hearts[:, None] + np.exp(0.4j * np.pi * np.arange(5)) * size * plate.half_px[0] * 1.5
+        plate.draw_discs(draw, petals.ravel(), np.full(petals.size, size / 2), 220)
+    elif kind == "stripes":
+        draw_strokes(rng, draw, np.stack((rim, plate.locate(turns_rad, 1))), (200, 255), (4, 8))
+    box, decoration = cut_mask(mask)
+    if kind == "marble":
+        box, noise = (0, 0, *SIZE_PX), make_noise(rng, (12, 16), (0, 256), SIZE_PX)
+        decoration = noise.point([max(0, min(220, 450 - 36 * abs(level - 128))) for level in range(256)])
     # Prints share the food colours half the time, so that colour alone does not give dirt away.
-    plate.paint(sample_food(rng) if rng.random() < 0.5 else sample_colour(rng), finish_mask(mask))
+    plate.paint(sample_food(rng) if rng.random() < 0.5 else sample_colour(rng), box, decoration)
 
 
 def scratch_glaze(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
-    for _ in range(rng.poisson(3)):
-        turn_rad, at = sample_spot(rng)
-        end = plate.locate(turn_rad + rng.normal(0, 0.4), rng.uniform(0, 0.9))
-        draw.line([plate.locate(turn_rad, at), end], fill=int(rng.integers(60, 170)), width=1)
-    plate.paint((90, 90, 95) if rng.random() < 0.6 else (245, 245, 245), finish_mask(mask))
+    turns_rad, at = sample_spots(rng, rng.poisson(3))
+    ends = plate.locate(turns_rad + rng.normal(0, 0.4, len(at)), rng.uniform(0, 0.9, len(at)))
+    draw_strokes(rng, draw, np.stack((plate.locate(turns_rad, at), ends)), (60, 170), (1, 2))
+    plate.paint((90, 90, 95) if rng.random() < 0.6 else (245, 245, 245), *cut_mask(mask))
 
 
 def soil_plate(rng: np.random.Generator, plate: Plate) -> None:
     kinds = (smear_food, drop_crumbs, stain_glaze, spill_sauce)
     for kind in rng.permutation(len(kinds))[: rng.integers(2, 5)]:
-        for _ in range(rng.integers(1, 4)):
+        for _ in range(rng.integers(1, 3)):
             kinds[kind](rng, plate)
 
 
 def smear_food(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
-    turn_rad, at = sample_spot(rng)
+    turn_rad, at = sample_spots(rng, 1)
     sweep_rad, drift = rng.uniform(0.5, 1.8) * rng.choice((-1, 1)), rng.uniform(-0.3, 0.3)
-    along = np.linspace(0, 1, 10)
-    for bristle in rng.normal(0, rng.uniform(0.04, 0.1), rng.integers(10, 24)):
-        turns_rad = turn_rad + sweep_rad * (along + rng.uniform(0, 0.3))
-        path = [plate.locate(*spot) for spot in zip(turns_rad, at + bristle + drift * along, strict=True)]
-        draw.line(path, fill=int(rng.integers(120, 250)), width=int(rng.integers(4, 14)), joint="curve")
-    soft = finish_mask(mask).filter(ImageFilter.BoxBlur(1))
-    plate.paint(sample_food(rng), ImageChops.multiply(soft, make_noise(rng, 40, 52, lowest=130)))
+    along, count = np.linspace(0, 1, 8)[:, None], rng.integers(8, 18)
+    bristles = at + rng.normal(0, rng.uniform(0.04, 0.1), count) + drift * along
+    paths = plate.locate(turn_rad + sweep_rad * (along + rng.uniform(0, 0.3, count)), bristles)
+    draw_strokes(rng, draw, paths, (120, 250), (5, 15))
+    box, smear = cut_mask(mask)
+    smear = ImageChops.multiply(smear, make_noise(rng, (20, 26), (130, 256), smear.size))
+    plate.paint(sample_food(rng), box, smear.filter(ImageFilter.BoxBlur(1)))
 
 
 def drop_crumbs(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
-    turn_rad, at = sample_spot(rng)
-    spread = rng.uniform(0.15, 0.5)
-    for _ in range(rng.integers(15, 60)):
-        spot = (turn_rad + rng.normal(0, spread), at + rng.normal(0, spread))
-        draw.polygon(plate.trace_blob(rng, spot, rng.uniform(0.01, 0.035), 0.3, corners=7), fill=255)
-    plate.emboss(sample_food(rng), finish_mask(mask), depth_px=1)
+    count, spread = rng.integers(15, 60), rng.uniform(0.15, 0.5)
+    turns_rad, at = (place + rng.normal(0, spread, count) for place in sample_spots(rng, 1))
+    starts = plate.locate(turns_rad, at)
+    ends = starts + rng.normal(0, 4, count) + 1j * rng.normal(0, 4, count)
+    # A short thick line is a slab at a random angle: the cheapest shape that reads as a crumb.
+    draw_strokes(rng, draw, np.stack((starts, ends)), (255, 256), (3, 10))
+    plate.emboss(sample_food(rng), *cut_mask(mask), depth_px=1)
 
 
 def stain_glaze(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
-    outline = plate.trace_blob(rng, sample_spot(rng), rng.uniform(0.12, 0.4), 0.15)
+    outline = plate.trace_patch(rng, plate.locate(*sample_spots(rng, 1)), rng.uniform(0.12, 0.4))
     draw.polygon(outline, fill=int(rng.integers(80, 170)))
-    draw.line([*outline, outline[0]], fill=int(rng.integers(150, 240)), width=5)
-    plate.paint(sample_food(rng), ImageChops.multiply(finish_mask(mask), make_noise(rng, 16, 22, lowest=120)))
+    draw.line(outline + outline[:2], fill=int(rng.integers(150, 240)), width=5)
+    box, stain = cut_mask(mask)
+    stain = ImageChops.multiply(stain, make_noise(rng, (6, 8), (120, 256), stain.size))
+    plate.paint(sample_food(rng), box, stain)
 
 
 def spill_sauce(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
-    turn_rad, at = sample_spot(rng)
-    draw.polygon(plate.trace_blob(rng, (turn_rad, at), rng.uniform(0.1, 0.36), 0.2), fill=245)
-    for _ in range(rng.integers(2, 14)):
-        spot = (turn_rad + rng.normal(0, 0.5), at + rng.normal(0, 0.3))
-        draw.polygon(plate.trace_blob(rng, spot, rng.uniform(0.015, 0.06), 0.1), fill=245)
-    plate.emboss(sample_food(rng), finish_mask(mask), depth_px=2)
+    turn_rad, at = sample_spots(rng, 1)
+    draw.polygon(plate.trace_patch(rng, plate.locate(turn_rad, at), rng.uniform(0.1, 0.36)), fill=245)
+    count = rng.integers(2, 14)
+    drops = plate.locate(turn_rad + rng.normal(0, 0.5, count), at + rng.normal(0, 0.3, count))
+    plate.draw_discs(draw, drops, rng.uniform(0.015, 0.06, count), 245)
+    plate.emboss(sample_food(rng), *cut_mask(mask), depth_px=2)
 
 
 def sprinkle_water(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
-    for _ in range(rng.integers(3, 20) * rng.integers(0, 2)):
-        draw.polygon(plate.trace_blob(rng, sample_spot(rng), rng.uniform(0.01, 0.045), 0.06), fill=255)
-    plate.emboss(None, finish_mask(mask), depth_px=2)
+    count = rng.integers(3, 20) * rng.integers(0, 2)
+    plate.draw_discs(draw, plate.locate(*sample_spots(rng, count)), rng.uniform(0.01, 0.045, count), 255)
+    plate.emboss(None, *cut_mask(mask), depth_px=2)
 
 
 def reflect_lamps(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
-    for _ in range(rng.integers(0, 3)):
-        outline = plate.trace_blob(rng, sample_spot(rng), rng.uniform(0.04, 0.2), 0.02)
-        draw.polygon(outline, fill=int(rng.integers(60, 200)))
-    soft = finish_mask(mask).filter(ImageFilter.BoxBlur(float(rng.uniform(2, 6))))
-    plate.paint((255, 255, 250), soft)
+    count = rng.integers(0, 3)
+    sizes = rng.uniform(0.04, 0.2, count)
+    plate.draw_discs(draw, plate.locate(*sample_spots(rng, count)), sizes, int(rng.integers(60, 200)))
+    box, lamps = cut_mask(mask)
+    plate.paint((255, 255, 250), box, lamps.filter(ImageFilter.BoxBlur(float(rng.uniform(1, 4)))))
 
 
 def light_scene(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
-    """Tint, shade and grain the picture; returns uint8 (256, 341, 3)."""
-    tint = rng.uniform(0.92, 1.05, 3) * rng.uniform(0.85, 1.05)
-    fall = np.linspace(rng.uniform(0.85, 1), rng.uniform(0.85, 1), WIDTH_PX)
-    grain = rng.integers(0, 10, (HEIGHT_PX, WIDTH_PX, 1), np.uint8)
-    lit = np.asarray(image) * (fall[:, None] * tint).astype(np.float32) + grain
-    return np.minimum(lit, 255).astype(np.uint8)
+    """Tint and shade the picture; returns uint8 (256, 341, 3)."""
+    fall = np.linspace(rng.uniform(0.8, 1), rng.uniform(0.8, 1), WIDTH_PX)[:, None]
+    row = Image.fromarray((fall * rng.uniform(0.87, 1, 3) * 255).astype(np.uint8)[None])
+    return np.array(ImageChops.multiply(image, row.resize(SIZE_PX, Image.Resampling.NEAREST)))
 
 
 def start_mask() -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -233,100 +216,84 @@ def start_mask() -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return mask, ImageDraw.Draw(mask)
 
 
-def finish_mask(mask: Image.Image) -> Image.Image:
-    return mask.reduce(SUPERSAMPLING)
+def draw_strokes(
+    rng: np.random.Generator, draw: ImageDraw.ImageDraw, paths: np.ndarray, levels: Range, widths_px: Range
+) -> None:
+    """Strokes through complex points (points, strokes) of random levels and supersampled widths."""
+    for path in np.ascontiguousarray(paths.T).view(np.float64).tolist():
+        draw.line(path, fill=int(rng.integers(*levels)), width=int(rng.integers(*widths_px)))
 
 
-def make_noise(rng: np.random.Generator, rows: int, columns: int, lowest: int = 0) -> Image.Image:
-    """Smooth noise of picture size with values in [lowest, 255], mode L."""
-    coarse = Image.fromarray(rng.integers(lowest, 256, (rows, columns), np.uint8))
-    return coarse.resize((WIDTH_PX, HEIGHT_PX), Image.Resampling.BILINEAR)
+def cut_mask(mask: Image.Image) -> tuple[Box, Image.Image]:
+    """The box of the picture that a supersampled mask covers, and the smooth mask of that box, mode L."""
+    # Painting the covered box alone takes a fraction of the time of the whole picture.
+    edges = np.array(mask.getbbox() or (0, 0, 0, 0)) // SUPERSAMPLING + np.multiply((-1, -1, 1, 1), MARGIN_PX)
+    left, top, right, bottom = (edges * SUPERSAMPLING).tolist()
+    return tuple(edges.tolist()), mask.crop((left, top, right, bottom)).reduce(SUPERSAMPLING)
 
 
-def make_ramp(share: float) -> list[int]:
-    return [int(level * share) for level in range(256)]
+def make_noise(rng: np.random.Generator, shape: Range, levels: Range, size_px: Range) -> Image.Image:
+    """Smooth noise of (rows, columns) random levels stretched to (width, height), mode L."""
+    coarse = Image.fromarray(rng.integers(*levels, shape, np.uint8))
+    return coarse.resize(size_px, Image.Resampling.BILINEAR)
 
 
-def sample_spot(rng: np.random.Generator) -> tuple[float, float]:
-    """A place on the plate: angle in radians and distance as a share of the plate's radius."""
-    return rng.uniform(0, 2 * np.pi), 0.8 * np.sqrt(rng.random())
+def sample_spots(rng: np.random.Generator, count: int | np.integer) -> tuple[np.ndarray, np.ndarray]:
+    """Places on the plate: angles in radians and shares of its radius, two float64 (count,)."""
+    return rng.uniform(0, 2 * np.pi, count), 0.8 * np.sqrt(rng.random(count))
 
 
-def sample_colour(
-    rng: np.random.Generator, hue: Span = (0, 1), saturation: Span = (0, 0.8), value: Span = (0.3, 0.95)
-) -> Colour:
-    red, green, blue = colorsys.hsv_to_rgb(rng.uniform(*hue), rng.uniform(*saturation), rng.uniform(*value))
+def sample_colour(rng: np.random.Generator, saturation: Span = (0, 0.8), value: Span = (0.3, 0.95)) -> Colour:
+    red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
     return int(red * 255), int(green * 255), int(blue * 255)
 
 
 def sample_food(rng: np.random.Generator) -> Colour:
-    return scale_colour(FOOD_COLOURS[rng.integers(len(FOOD_COLOURS))], rng.uniform(0.8, 1.15))
-
-
-def scale_colour(colour: Colour, share: float) -> Colour:
-    red, green, blue = (min(255, int(level * share)) for level in colour)
-    return red, green, blue
+    red, green, blue = FOOD_COLOURS[rng.integers(len(FOOD_COLOURS))]
+    share = rng.uniform(0.8, 1.15)
+    return int(red * share), int(green * share), int(blue * share)
 
 
 class Plate(NamedTuple):
     image: Image.Image
     mask: Image.Image
-    centre_px: tuple[float, float]
-    half_px: tuple[float, float]
+    centre_px: Span
+    half_px: Span
     tilt_rad: float
 
     def measure_axes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates of each pixel in half axes, two float32 (256, 341) arrays."""
-        x_px = np.arange(WIDTH_PX) - self.centre_px[0]
-        y_px = np.arange(HEIGHT_PX)[:, None] - self.centre_px[1]
-        x_px, y_px = x_px.astype(np.float32), y_px.astype(np.float32)
-        cos, sin = float(np.cos(self.tilt_rad)), float(np.sin(self.tilt_rad))
-        width, height = self.half_px
-        return x_px * (cos / width) + y_px * (sin / width), y_px * (cos / height) - x_px * (sin / height)
+        """Coordinates of each pixel in half axes, two float32 (256, 341)."""
+        turn = cmath.rect(1, -self.tilt_rad)
+        x_px = (np.arange(WIDTH_PX) - self.centre_px[0]) * turn
+        y_px = (np.arange(HEIGHT_PX)[:, None] - self.centre_px[1]) * turn * 1j
+        across = np.add(x_px.real / self.half_px[0], y_px.real / self.half_px[0], dtype=np.float32)
+        return across, np.add(x_px.imag / self.half_px[1], y_px.imag / self.half_px[1], dtype=np.float32)
 
-    def locate(self, turn_rad: float, at: float) -> tuple[float, float]:
-        """Place on a supersampled mask of the point at this angle and share of the radius."""
-        across_px = float(np.cos(turn_rad)) * at * self.half_px[0]
-        down_px = float(np.sin(turn_rad)) * at * self.half_px[1]
-        cos, sin = float(np.cos(self.tilt_rad)), float(np.sin(self.tilt_rad))
-        x_px = self.centre_px[0] + across_px * cos - down_px * sin
-        y_px = self.centre_px[1] + across_px * sin + down_px * cos
-        return x_px * SUPERSAMPLING, y_px * SUPERSAMPLING
+    def locate(self, turns_rad: np.ndarray, at: np.ndarray | float) -> np.ndarray:
+        """Points x + iy on a supersampled mask by angles and shares of the radius, complex128."""
+        spots = np.cos(turns_rad) * at * self.half_px[0] + 1j * np.sin(turns_rad) * at * self.half_px[1]
+        return (complex(*self.centre_px) + spots * cmath.rect(1, self.tilt_rad)) * SUPERSAMPLING
 
-    def trace_blob(
-        self, rng: np.random.Generator, spot: Span, size: float, roughness: float, corners: int = 24
-    ) -> Points:
-        """Outline of an uneven patch at `spot` whose size is a share of the plate's half width."""
-        turns_rad = np.arange(corners) * (2 * np.pi / corners)
+    def draw_discs(self, draw: ImageDraw.ImageDraw, spots: np.ndarray, sizes: np.ndarray, fill: int) -> None:
+        """Discs at complex spots (n,) with radii (n,) in shares of the plate's half width."""
+        for spot, reach in zip(spots, sizes * self.half_px[0] * SUPERSAMPLING, strict=True):
+            draw.ellipse((spot.real - reach, spot.imag - reach, spot.real + reach, spot.imag + reach), fill)
+
+    def trace_patch(self, rng: np.random.Generator, spot: np.ndarray, size: float) -> list[float]:
+        """Outline [x, y, x, y, ...] of an uneven patch around `spot`, sized as a share of the half width."""
+        turns_rad = np.linspace(0, 2 * np.pi, 32, endpoint=False)
         waves = np.sin(np.outer(turns_rad, (2, 3, 4)) + rng.uniform(0, 2 * np.pi, 3))
-        reach = np.maximum(1 + waves @ rng.normal(0, roughness, 3), 0.2) * size
-        return self._outline(spot, reach, turns_rad)
+        reach = np.maximum(1 + waves @ rng.normal(0, 0.18, 3), 0.2) * size * self.half_px[0]
+        return (spot + reach * SUPERSAMPLING * np.exp(1j * turns_rad)).view(np.float64).tolist()
 
-    def trace_petal(self, spot: Span, size: float, lean_rad: float) -> Points:
-        """Outline of a leaf that starts at `spot` and points towards `lean_rad`."""
-        fan_rad = np.linspace(-0.5, 0.5, 9)
-        return self._outline(spot, size * np.cos(fan_rad * np.pi), fan_rad + lean_rad)
+    def paint(self, colour: Colour, box: Box, mask: Image.Image) -> None:
+        """Colour the part of `mask` that lies on the plate."""
+        self.image.paste(colour, box, ImageChops.multiply(mask, self.mask.crop(box)))
 
-    def _outline(self, spot: Span, reach: np.ndarray, turns_rad: np.ndarray) -> Points:
-        x_px, y_px = self.locate(*spot)
-        reach_px = reach * self.half_px[0] * SUPERSAMPLING
-        outline = np.stack((x_px + reach_px * np.cos(turns_rad), y_px + reach_px * np.sin(turns_rad)), 1)
-        return list(map(tuple, outline.tolist()))
-
-    def paint(self, colour: Colour, mask: Image.Image) -> None:
-        """Colour the part of `mask` (mode L, picture size) that lies on the plate."""
-        box = mask.getbbox()
-        if box:
-            # Pasting only the painted box takes a fraction of the time of the whole picture.
-            self.image.paste(colour, box, ImageChops.multiply(mask.crop(box), self.mask.crop(box)))
-
-    def emboss(self, colour: Colour | None, mask: Image.Image, depth_px: int) -> None:
+    def emboss(self, colour: Colour | None, box: Box, mask: Image.Image, depth_px: int) -> None:
         """Paint `mask` as a raised body lit from the upper left, clear where `colour` is None."""
-        shifted = ImageChops.offset(mask, depth_px, depth_px)
+        lower = ImageChops.offset(mask, depth_px, depth_px)
         if colour is not None:
-            self.paint((20, 14, 10), shifted.point(make_ramp(0.35)))
-            self.paint(colour, mask)
-        dark_edge = ImageChops.subtract(mask, ImageChops.offset(mask, -depth_px, -depth_px))
-        self.paint((15, 12, 12), dark_edge.point(make_ramp(0.4)))
-        lit_edge = ImageChops.subtract(mask, shifted)
-        self.paint((255, 255, 255), lit_edge.point(make_ramp(0.35 if colour else 0.75)))
+            self.paint(colour, box, mask)
+        self.paint((15, 12, 12), box, ImageChops.subtract(lower, mask, 2.5))
+        self.paint((255, 255, 255), box, ImageChops.subtract(mask, lower, 3 if colour else 1.3))

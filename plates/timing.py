@@ -1,12 +1,21 @@
 """Where the time went: phases of a process, synchronised with its device."""
 
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import psutil
 import torch
+
+TIMING_COLUMNS = [
+    "rank", "node", "device", "device_name", "num_workers", "startup_s", "data_s", "train_s", "inference_s",
+    "total_s", "train_images_per_sec", "inference_images_per_sec",
+]  # fmt: skip
 
 
 class Phases:
@@ -41,3 +50,57 @@ def process_age_s() -> float:
 def rate(count: int, time_s: float) -> float | None:
     """Items per second; None where nothing was timed."""
     return count / time_s if count and time_s > 0 else None
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's as the system tells it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def timing_table(
+    driver: Phases,
+    num_workers: int,
+    trained: list[dict[str, Any]],
+    predicted: list[dict[str, Any]],
+    num_train_images: int = 0,
+    num_predicted: int = 0,
+) -> pd.DataFrame:
+    """The rows of timing.csv: the whole run, then one a worker.
+
+    The whole run's train_s and inference_s are those of its slowest worker; what the driver's "fit" and "inference"
+    phases took beyond that (workers coming and going) is start-up.
+
+    Args:
+        driver: the driver's phases: startup, data, fit, inference.
+        trained: by rank, what each worker of training measured; empty where nothing was trained.
+        predicted: the same of the workers of prediction, which may be other processes.
+        num_train_images: training images over all epochs.
+        num_predicted: images of the test split.
+    """
+    rows = [dict(row) for row in trained] or [{"rank": rank, **row} for rank, row in enumerate(predicted)]
+    for row, timing in zip(rows, predicted, strict=False):
+        row |= {key: value for key, value in timing.items() if key.startswith("inference")}
+    slowest = {
+        key: max((row.get(key, 0.0) for row in rows), default=0.0) for key in ("data_s", "train_s", "inference_s")
+    }
+    seconds = driver.seconds
+    around_workers_s = seconds["fit"] + seconds["inference"] - sum(slowest.values())
+    whole = {
+        **{key: rows[0].get(key) for key in ("device", "device_name")},
+        **slowest,
+        "startup_s": seconds["startup"] + around_workers_s,
+        "data_s": seconds["data"] + slowest["data_s"],
+        "total_s": process_age_s(),
+        "train_images_per_sec": rate(num_train_images, slowest["train_s"]),
+        "inference_images_per_sec": rate(num_predicted, slowest["inference_s"]),
+    }
+    table = pd.DataFrame([whole, *rows]).assign(num_workers=num_workers).reindex(columns=TIMING_COLUMNS)
+    return table.astype({"rank": "Int64"})

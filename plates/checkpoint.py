@@ -1,0 +1,72 @@
+"""Save and load a model bundle: safetensors and JSON, never a pickle."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plates.config import UserError
+from plates.model import Classifier, build_trunk
+from plates.rundir import write_json, write_whole
+from plates.transforms import Preprocessing
+
+MODEL_FILE, INFO_FILE, FORMAT = "model.safetensors", "model.json", 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """All that prediction needs: tensors of trunk and head, classes, preprocessing."""
+
+    backbone: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    state: dict[str, Tensor]
+    info: dict[str, Any]
+
+
+def save_bundle(folder: Path, bundle: Bundle) -> None:
+    """Writes model.safetensors and model.json; the JSON last, so that its presence means a whole bundle."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in bundle.state.items()}
+    write_whole(folder / MODEL_FILE, lambda file: save_file(state, file))
+    described = {
+        "format": FORMAT,
+        "backbone": bundle.backbone,
+        "classes": list(bundle.classes),
+        "preprocessing": bundle.preprocessing.to_dict(),
+    }
+    write_json(folder / INFO_FILE, {**described, **bundle.info})
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Raises: UserError where the folder holds no whole bundle of this format."""
+    try:
+        info = json.loads((folder / INFO_FILE).read_text())
+        state = load_file(folder / MODEL_FILE)
+        if info["format"] != FORMAT:
+            raise UserError(
+                f"--checkpoint {folder}: format {info['format']} is not {FORMAT}, which this version reads"
+            )
+        preprocessing = Preprocessing.from_dict(info["preprocessing"])
+        return Bundle(info["backbone"], tuple(info["classes"]), preprocessing, state, info)
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name if error.filename else MODEL_FILE
+        raise UserError(f"--checkpoint {folder}: holds no {missing}; give RUN/checkpoint") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"--checkpoint {folder}: is damaged ({type(error).__name__})") from error
+
+
+def build_model(bundle: Bundle, device: torch.device) -> Classifier:
+    """The bundle's classifier on the device, in channels_last. Raises: UserError where its tensors do not fit."""
+    trunk, num_features = build_trunk(bundle.backbone)
+    model = Classifier(trunk, num_features, len(bundle.classes))
+    try:
+        model.load_state_dict(bundle.state)
+    except RuntimeError as error:
+        raise UserError(f"--checkpoint: its tensors are not those of a {bundle.backbone}") from error
+    return model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,154 @@
+"""What the machine or the cluster has, and what a job will use of it."""
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from plates.config import UserError
+
+WAIT_FOR_NODES_S = 20.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a job runs: `num_workers` 0 is this process, without Ray."""
+
+    num_workers: int
+    device: Literal["cpu", "cuda"]
+    cpus_per_worker: int
+    reason: str
+
+    @property
+    def world_size(self) -> int:
+        return max(1, self.num_workers)
+
+    @property
+    def line(self) -> str:
+        if self.num_workers == 0:
+            return f"runs in this process on {self.device} with {self.cpus_per_worker} CPU threads: {self.reason}"
+        each = "1 GPU and " if self.device == "cuda" else ""
+        return f"runs on {self.num_workers} Ray workers, each {each}{self.cpus_per_worker} CPUs: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Node:
+    num_cpus: int
+    num_gpus: int
+
+
+def plan_job(num_workers: Literal["auto"] | int, device: str) -> Plan:
+    """Decides the workers of a job; connects to Ray, or starts it here, where workers are wanted.
+
+    Raises: UserError for a device or a number of workers that is not there.
+    """
+    if num_workers == 0 or (num_workers == "auto" and not is_in_cluster() and not has_many_gpus(device)):
+        reason = "--num-workers 0" if num_workers == 0 else "one machine, no cluster, at most one GPU"
+        return plan_here(device, reason)
+    start_ray()
+    nodes = list_nodes()
+    return plan_workers(num_workers, device, nodes)
+
+
+def plan_here(device: str, reason: str) -> Plan:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return Plan(0, chosen, num_usable_cpus(), reason)
+
+
+def num_usable_cpus() -> int:
+    """CPUs that this process may run on; a job's driver inherits OMP_NUM_THREADS=1, which says nothing of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[Node]) -> Plan:
+    """Workers for the nodes of a cluster: a pure function of what there is.
+
+    Raises: UserError naming what the cluster lacks.
+    """
+    num_cpus, num_gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+    if device == "cuda" and not num_gpus:
+        raise UserError(f"--device cuda: the cluster has no GPU ({len(nodes)} nodes, {num_cpus} CPUs)")
+    chosen: Literal["cpu", "cuda"] = "cuda" if device != "cpu" and num_gpus else "cpu"
+    if num_workers == "auto":
+        count = num_gpus if chosen == "cuda" else sum(node.num_cpus > 0 for node in nodes)
+        if not count:
+            raise UserError(
+                "--num-workers auto: the cluster has no GPU and no CPU now; give the number to scale up to"
+            )
+        per = "GPU" if chosen == "cuda" else "node with CPUs"
+        reason = f"--num-workers auto, one a {per} of the cluster"
+    else:
+        count, reason = num_workers, f"--num-workers {num_workers}"
+    cpus_per_worker = share_cpus(count, chosen, nodes)
+    if cpus_per_worker is None:
+        room = f"{num_gpus} GPUs" if chosen == "cuda" else f"{num_cpus} CPUs"
+        raise UserError(
+            f"--num-workers {count}: the cluster has {room} on {len(nodes)} nodes; ask for at most that many"
+        )
+    return Plan(count, chosen, cpus_per_worker, reason)
+
+
+def share_cpus(num_workers: int, device: str, nodes: list[Node]) -> int | None:
+    """The most CPUs that each of `num_workers` can have when all are placed; None where they cannot be placed."""
+    for cpus in range(max((node.num_cpus for node in nodes), default=0), 0, -1):
+        if device == "cuda":
+            places = sum(min(node.num_gpus, node.num_cpus // cpus) for node in nodes)
+        else:
+            places = sum(node.num_cpus // cpus for node in nodes)
+        if places >= num_workers:
+            return cpus
+    return None
+
+
+def has_many_gpus(device: str) -> bool:
+    return device != "cpu" and torch.cuda.device_count() > 1
+
+
+def is_in_cluster() -> bool:
+    """A job's driver, or a shell whose RAY_ADDRESS names a cluster."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def start_ray() -> None:
+    """Connects to the cluster of RAY_ADDRESS, else starts Ray on this machine. Raises: UserError."""
+    # Read when Ray Train is imported: a report waits for the controller's poll, 2 s by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address == "local":
+            raise
+        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
+
+
+def list_nodes() -> list[Node]:
+    """Nodes alive now; a cluster that has just started is given a moment to show one with CPUs."""
+    import ray
+
+    deadline_s = time.monotonic() + WAIT_FOR_NODES_S
+    while True:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive]
+        if any(node.num_cpus or node.num_gpus for node in nodes) or time.monotonic() > deadline_s:
+            return nodes
+        time.sleep(0.5)
+
+
+def stop_ray() -> None:
+    """Leaves the cluster, and stops it where this process started it; nothing to do after a local run."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()

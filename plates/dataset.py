@@ -1,0 +1,347 @@
+"""Sources of images to splits of (path, label), and the reading of one image."""
+
+import hashlib
+import io
+import os
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from tqdm import tqdm
+
+from plates import synthetic
+from plates.config import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+VALIDATION_EVERY = 6  # the published split: every sixth image
+DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
+
+ItemT = TypeVar("ItemT")
+LoadedT = TypeVar("LoadedT")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image: its path as the user knows it, and its class index (None in the test split)."""
+
+    path: str
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    path: str
+    split: str
+    reason: str
+
+
+class UnreadableImageError(OSError):
+    """The reason why an image cannot be read."""
+
+
+class Source(Protocol):
+    """Where the pixels are; small, and sent to every worker."""
+
+    def read(self, path: str) -> Tensor:
+        """(3, H, W) uint8 RGB. Raises: UnreadableImageError."""
+        ...
+
+    def check(self, path: str) -> str:
+        """Makes sure that `read` will succeed; the hash of what it decodes. Raises: UnreadableImageError."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    root: str
+
+    def read(self, path: str) -> Tensor:
+        return decode(self.read_bytes(path))
+
+    def check(self, path: str) -> str:
+        data = self.read_bytes(path)
+        decode(data)
+        return hashlib.sha256(data).hexdigest()
+
+    def read_bytes(self, path: str) -> bytes:
+        try:
+            return (Path(self.root) / path).read_bytes()
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    seed: int
+
+    def read(self, path: str) -> Tensor:
+        index, is_dirty = synthetic_identity(self.seed, path)
+        return torch.from_numpy(synthetic.draw_plate(self.seed, index, is_dirty)).permute(2, 0, 1)
+
+    def check(self, path: str) -> str:
+        return hashlib.sha256(self.read(path).numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples by split, in path order. `true_test_labels` holds what a drawn test split keeps aside."""
+
+    source: Source
+    classes: tuple[str, ...]
+    train: tuple[Sample, ...]
+    val: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+    true_test_labels: dict[str, int] = field(default_factory=dict)
+
+    def read_picture(self, path: str) -> np.ndarray:
+        """(H, W, 3) uint8, for people. Raises: UnreadableImageError."""
+        return self.source.read(path).permute(1, 2, 0).numpy()
+
+
+def load_dataset(data: str, seed: int) -> Dataset:
+    """Lists the data set that --data names; no image is read.
+
+    Raises: UserError naming the folder and what is missing in it.
+    """
+    if data.startswith("synthetic"):
+        num_labelled = int(data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC)
+        return list_synthetic(num_labelled, seed)
+    root = find_root(Path(data), "train")
+    return list_folder(root)
+
+
+def load_test_split(data: str, seed: int) -> Dataset:
+    """The test split alone, for a checkpoint: test/** of a data set, or every image of a plain folder."""
+    if data.startswith("synthetic"):
+        return load_dataset(data, seed)
+    if has_folder(data, "train"):
+        return list_folder(find_root(Path(data), "train"))
+    top = find_root(Path(data), "test") if has_folder(data, "test") else Path(data).absolute()
+    start = top / "test" if has_folder(data, "test") else top
+    test = tuple(Sample(path) for path in find_images(start, top))
+    if not test:
+        raise UserError(f"--data {data}: holds no images to predict ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return Dataset(FolderSource(str(top)), (), (), (), test)
+
+
+def has_folder(data: str, name: str) -> bool:
+    return bool(holders_of(Path(data), name))
+
+
+def find_root(folder: Path, name: str) -> Path:
+    """The folder that holds `name`/, looked for through wrapping folders."""
+    if not folder.is_dir():
+        problem = "is a file; give the folder that holds train/" if folder.exists() else "no such folder"
+        raise UserError(f"--data {folder}: {problem}")
+    holders = holders_of(folder, name)
+    if not holders:
+        raise UserError(f"--data {folder}: holds no {name}/ folder; expected {name}/CLASS/*.jpg")
+    if len(holders) > 1:
+        raise UserError(f"--data {folder}: several folders hold {name}/ ({holders[0]}, {holders[1]}); name one")
+    return holders[0].absolute()
+
+
+def holders_of(folder: Path, name: str) -> list[Path]:
+    """Folders with a folder `name` in them, at the least depth (0 to 3) where there is one."""
+    level = [folder] if folder.is_dir() else []
+    for _ in range(4):
+        holders = [path for path in level if (path / name).is_dir()]
+        if holders:
+            return holders
+        level = [child for path in level for child in visible(path) if child.is_dir()]
+    return []
+
+
+def visible(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX")
+
+
+def find_images(folder: Path, root: Path) -> list[str]:
+    """Paths of the images under `folder`, relative to `root`, with forward slashes, sorted."""
+    found: list[str] = []
+    pending = [folder] if folder.is_dir() else []
+    while pending:
+        for child in visible(pending.pop()):
+            if child.is_dir():
+                pending.append(child)
+            elif child.suffix.lower() in IMAGE_SUFFIXES:
+                found.append(child.relative_to(root).as_posix())
+    return sorted(found)
+
+
+def list_folder(root: Path) -> Dataset:
+    by_class = images_by_class(root, "train")
+    classes = tuple(by_class)
+    if len(classes) < 2:
+        raise UserError(f"--data {root}: train/ holds {len(classes)} class folders; at least 2 are needed")
+    for name, paths in by_class.items():
+        if not paths:
+            raise UserError(f"--data {root}: train/{name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    test = tuple(Sample(path) for path in find_images(root / "test", root))
+    if (root / "val").is_dir():
+        train, val = by_class, images_by_class(root, "val")
+        unknown = [name for name in val if name not in by_class]
+        if unknown:
+            raise UserError(f"--data {root}: val/{unknown[0]} is not a class of train/ ({', '.join(classes)})")
+        if not any(val.values()):
+            raise UserError(f"--data {root}: val/ holds no images; fill it, or remove it to split train/")
+    else:
+        for name, paths in by_class.items():
+            if len(paths) < 2:
+                raise UserError(f"--data {root}: train/{name} holds 1 image; the split needs at least 2 a class")
+        train, val = split_every_sixth(by_class)
+    return Dataset(FolderSource(str(root)), classes, label(train, classes), label(val, classes), test)
+
+
+def images_by_class(root: Path, split: str) -> dict[str, list[str]]:
+    return {child.name: find_images(child, root) for child in visible(root / split) if child.is_dir()}
+
+
+def split_every_sixth(by_class: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """(train, val): of each class's sorted images every sixth, the first included, is held out."""
+    val = {name: paths[::VALIDATION_EVERY] for name, paths in by_class.items()}
+    train = {name: [p for i, p in enumerate(paths) if i % VALIDATION_EVERY] for name, paths in by_class.items()}
+    return train, val
+
+
+def label(by_class: dict[str, list[str]], classes: tuple[str, ...]) -> tuple[Sample, ...]:
+    samples = [Sample(path, classes.index(name)) for name, paths in by_class.items() for path in paths]
+    return tuple(sorted(samples, key=lambda sample: sample.path))
+
+
+def list_synthetic(num_labelled: int, seed: int) -> Dataset:
+    """`num_labelled` drawings in train/ with the classes in turn, and as many again, unlabelled, in test/."""
+    classes = synthetic.CLASSES
+    by_class: dict[str, list[str]] = {name: [] for name in classes}
+    for index in range(num_labelled):
+        name = classes[index % len(classes)]
+        by_class[name].append(f"train/{name}/{index:06d}.png")
+    train, val = split_every_sixth(by_class)
+    test = tuple(Sample(f"test/{index:06d}.png") for index in range(num_labelled, 2 * num_labelled))
+    true_labels = {sample.path: int(synthetic_identity(seed, sample.path)[1]) for sample in test}
+    return Dataset(SyntheticSource(seed), classes, label(train, classes), label(val, classes), test, true_labels)
+
+
+def synthetic_identity(seed: int, path: str) -> tuple[int, bool]:
+    """(index, is_dirty) of a drawing; a test drawing's class is drawn from its index, not told by its path."""
+    pure = PurePosixPath(path)
+    index = int(pure.stem)
+    if pure.parts[0] == "test":
+        return index, bool(np.random.default_rng([seed, index, 1]).integers(2))
+    return index, pure.parts[1] == "dirty"
+
+
+def decode(data: bytes) -> Tensor:
+    """Encoded image to (3, H, W) uint8 RGB, upright by its EXIF orientation.
+
+    torchvision's decoder reads JPEG, PNG, GIF and WebP; what it refuses (BMP, TIFF, 16-bit) goes to Pillow.
+    Raises: UnreadableImageError.
+    """
+    if not data:
+        raise UnreadableImageError("the file is empty")
+    try:
+        image = decode_image(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8),
+            ImageReadMode.RGB,
+            apply_exif_orientation=True,
+        )
+    except (RuntimeError, ValueError):
+        return decode_with_pillow(data)
+    if image.dim() == 4:  # an animated GIF: its first frame
+        image = image[0]
+    return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
+
+
+def decode_with_pillow(data: bytes) -> Tensor:
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
+                image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+            array = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"not a readable image ({type(error).__name__})") from error
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def check_samples(source: Source, split: str, samples: Sequence[Sample]) -> Iterator[str | Skipped]:
+    """Decodes each image once, in threads, and yields its content hash, or why it cannot be read."""
+
+    def check(sample: Sample) -> str | Skipped:
+        try:
+            return source.check(sample.path)
+        except UnreadableImageError as error:
+            return Skipped(sample.path, split, str(error))
+
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(check, samples)
+
+
+def prefetch(load: Callable[[ItemT], LoadedT], items: Iterable[ItemT], num_ahead: int) -> Iterator[LoadedT]:
+    """`map(load, items)` by threads that stay at most `num_ahead` items ahead of the consumer."""
+    with ThreadPoolExecutor(max_workers=min(num_ahead, os.cpu_count() or 1)) as pool:
+        pending: deque[Future[LoadedT]] = deque()
+        for item in items:
+            pending.append(pool.submit(load, item))
+            if len(pending) > num_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, list[Skipped], dict[str, str]]:
+    """Decodes every labelled image once, before anything is trained.
+
+    Returns: the data set of the images that can be read, those that cannot, and content hashes by path.
+
+    Raises: UserError naming the images that cannot be read, unless they are to be skipped; or where skipping leaves
+        a class without training images, or the validation split empty.
+    """
+    skipped, digests = [], {}
+    labelled = [("train", dataset.train), ("val", dataset.val)]
+    with tqdm(total=len(dataset.train) + len(dataset.val), desc="checking", unit="image") as bar:
+        for split, samples in labelled:
+            for sample, outcome in zip(samples, check_samples(dataset.source, split, samples), strict=True):
+                bar.update()
+                if isinstance(outcome, Skipped):
+                    skipped.append(outcome)
+                else:
+                    digests[sample.path] = outcome
+    if skipped and not skip_unreadable:
+        named = "; ".join(f"{item.path}: {item.reason}" for item in skipped[:5])
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        raise UserError(
+            f"--data: {len(skipped)} images cannot be read ({named}{more}); mend them, or pass --skip-unreadable"
+        )
+    train = tuple(sample for sample in dataset.train if sample.path in digests)
+    val = tuple(sample for sample in dataset.val if sample.path in digests)
+    counts = Counter(sample.label for sample in train)
+    for index, name in enumerate(dataset.classes):
+        if not counts[index]:
+            raise UserError(f"--data: no image of class {name} in the training split can be read")
+    if not val:
+        raise UserError("--data: no image of the validation split can be read")
+    return replace(dataset, train=train, val=val), skipped, digests
+
+
+def image_ids(paths: Iterable[str]) -> list[str]:
+    """The stem of each path; where stems collide, the path without suffix; where those do, the path."""
+    listed = list(paths)
+    ids = [PurePosixPath(path).stem for path in listed]
+    for longer in (lambda path: PurePosixPath(path).with_suffix("").as_posix(), lambda path: path):
+        places = defaultdict(list)
+        for place, name in enumerate(ids):
+            places[name].append(place)
+        for group in places.values():
+            if len(group) > 1:
+                for place in group:
+                    ids[place] = longer(listed[place])
+    return ids

@@ -1,0 +1,211 @@
+"""Predictor, a plain callable: batch of paths in, probabilities out; in this process or under Ray Data."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from plates.checkpoint import Bundle, build_model
+from plates.cluster import Plan
+from plates.dataset import Dataset, Sample, Skipped, Source, UnreadableImageError, image_ids, prefetch
+from plates.metrics import score
+from plates.rundir import write_csv, write_parquet
+from plates.timing import device_name, rate
+from plates.transforms import eval_batch, resize
+
+PREDICT_BATCH_SIZE = 32  # images a forward pass, on each worker
+PATHS_PER_CALL = 128  # paths handed to the Predictor at once, so that decoding runs ahead of computing
+
+Batch = dict[str, np.ndarray]
+
+
+class Predictor:
+    """Holds the model on a device. Ray Data builds one in each worker."""
+
+    def __init__(self, bundle: Bundle, source: Source, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self.device = torch.device(device)
+        self.preprocessing = bundle.preprocessing
+        self.source = source
+        self.model = build_model(bundle, self.device)
+        self.identity = {
+            "node": socket.gethostname(),
+            "pid": os.getpid(),
+            "device": self.device.type,
+            "device_name": device_name(self.device),
+        }
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Reads and predicts.
+
+        Args:
+            batch: "path", (B,) str.
+
+        Returns: the batch with "probabilities" (B, C) float32, rows of NaN where "error" (B,) str is not empty;
+            and by row who computed it ("node", "pid", "device", "device_name") and its share of "time_s" seconds.
+        """
+        start_s = time.perf_counter()
+        paths = [str(path) for path in batch["path"]]
+        errors = np.full(len(paths), "", dtype=object)
+        probabilities = np.full((len(paths), self.model.head.out_features), np.nan, dtype=np.float32)
+        places, pictures = [], []
+        for place, picture in enumerate(prefetch(self.read, paths, num_ahead=2 * PREDICT_BATCH_SIZE)):
+            if isinstance(picture, str):
+                errors[place] = picture
+            else:
+                places.append(place)
+                pictures.append(picture)
+            if len(pictures) == PREDICT_BATCH_SIZE:
+                probabilities[places] = self.forward(pictures)
+                places, pictures = [], []
+        if pictures:
+            probabilities[places] = self.forward(pictures)
+        time_s = (time.perf_counter() - start_s) / max(1, len(paths))
+        return {
+            "path": batch["path"],
+            "probabilities": probabilities,
+            "error": errors.astype(str),
+            **{name: np.full(len(paths), value) for name, value in self.identity.items()},
+            "time_s": np.full(len(paths), time_s),
+        }
+
+    def read(self, path: str) -> torch.Tensor | str:
+        """The picture at the model's size, (3, S, S) uint8, or the reason why it cannot be read."""
+        try:
+            return resize(self.source.read(path), self.preprocessing.image_size)
+        except UnreadableImageError as error:
+            return str(error)
+
+    @torch.inference_mode()
+    def forward(self, pictures: list[torch.Tensor]) -> np.ndarray:
+        """B pictures (3, S, S) uint8 to (B, C) float32 softmax probabilities."""
+        logits = self.model(eval_batch(pictures, self.preprocessing, self.device))
+        return logits.float().softmax(1).cpu().numpy()
+
+
+class RayPredictor(Predictor):
+    """The Predictor as Ray Data builds it: the bundle comes through the object store."""
+
+    def __init__(self, bundle_ref: list[Any], source: Source, device: str, num_threads: int) -> None:
+        import ray
+
+        super().__init__(ray.get(bundle_ref[0]), source, device, num_threads)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """`table`: path, id, label, p_CLASS…, one row an image in path order. `timings`: seconds and rate by worker."""
+
+    table: pd.DataFrame
+    skipped: list[Skipped]
+    timings: list[dict[str, Any]]
+
+
+def predict(bundle: Bundle, source: Source, samples: Sequence[Sample], plan: Plan) -> Predictions:
+    """Predicts samples by the plan. Each readable image is one row; the others are listed as skipped."""
+    paths = sorted(sample.path for sample in samples)
+    columns = [f"p_{name}" for name in bundle.classes]
+    if not paths:
+        return Predictions(pd.DataFrame(columns=["path", "id", "label", *columns]), [], [])
+    run = predict_on_ray if plan.num_workers else predict_here
+    parts = []
+    for batch in tqdm_paths(run(bundle, source, paths, plan), len(paths)):
+        probabilities = pd.DataFrame(batch.pop("probabilities"), columns=pd.Index(columns))
+        parts.append(pd.concat([pd.DataFrame(batch), probabilities], axis=1))
+    rows = pd.concat(parts).sort_values("path", ignore_index=True)
+    is_readable = rows["error"] == ""
+    skipped = [Skipped(row.path, "test", row.error) for row in rows[~is_readable].itertuples()]
+    table = rows[is_readable].reset_index(drop=True)
+    table["id"] = image_ids(table["path"])
+    table["label"] = [bundle.classes[i] for i in table[columns].to_numpy().argmax(1)]
+    return Predictions(table[["path", "id", "label", *columns]], skipped, time_workers(rows))
+
+
+def time_workers(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row a worker: who it is, its seconds of prediction (decoding included) and images/s."""
+    timings = []
+    for (node, _, device, name), group in rows.groupby(["node", "pid", "device", "device_name"]):
+        time_s = float(group["time_s"].sum())
+        timings.append(
+            {
+                "node": node,
+                "device": device,
+                "device_name": name,
+                "inference_s": time_s,
+                "inference_images_per_sec": rate(len(group), time_s),
+            }
+        )
+    return timings
+
+
+def predict_here(bundle: Bundle, source: Source, paths: list[str], plan: Plan) -> Iterator[Batch]:
+    predictor = Predictor(bundle, source, plan.device, plan.cpus_per_worker)
+    for start in range(0, len(paths), PATHS_PER_CALL):
+        yield predictor({"path": np.array(paths[start : start + PATHS_PER_CALL])})
+
+
+def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan) -> Iterator[Batch]:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # tqdm of the driver shows it
+    num_blocks = max(1, min(len(paths), plan.num_workers * 4))
+    rows = ray.data.from_pandas(pd.DataFrame({"path": paths})).repartition(num_blocks)
+    predicted = rows.map_batches(
+        RayPredictor,
+        fn_constructor_kwargs={
+            "bundle_ref": [ray.put(bundle)],
+            "source": source,
+            "device": plan.device,
+            "num_threads": plan.cpus_per_worker,
+        },
+        batch_size=PATHS_PER_CALL,
+        compute=ray.data.ActorPoolStrategy(size=plan.num_workers),
+        num_cpus=plan.cpus_per_worker,
+        num_gpus=1 if plan.device == "cuda" else 0,
+    )
+    yield from cast(Iterator[Batch], predicted.iter_batches(batch_size=None, batch_format="numpy"))
+
+
+def tqdm_paths(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
+    with tqdm(total=total, desc="predicting", unit="image") as bar:
+        for batch in batches:
+            bar.update(len(batch["path"]))
+            yield batch
+
+
+def write_predictions(run: Path, predictions: Predictions) -> None:
+    """predictions.csv and .parquet, and submission.csv, the competition's form."""
+    write_csv(run / "predictions.csv", predictions.table)
+    write_parquet(run / "predictions.parquet", predictions.table)
+    write_csv(run / "submission.csv", predictions.table[["id", "label"]])
+
+
+def score_predictions(predictions: Predictions, dataset: Dataset) -> dict[str, float | int]:
+    """test/ figures: counts, and, where the true labels were kept aside (drawn plates), loss and accuracy."""
+    table = predictions.table
+    figures: dict[str, float | int] = {
+        "test/num_images": len(table),
+        "test/num_unreadable": len(predictions.skipped),
+    }
+    if dataset.true_test_labels and len(table):
+        columns = [f"p_{name}" for name in dataset.classes]
+        log_probabilities = torch.from_numpy(table[columns].to_numpy(dtype=np.float64)).clamp_min(1e-30).log()
+        labels = torch.tensor([dataset.true_test_labels[path] for path in table["path"]])
+        figures |= score(log_probabilities, labels, dataset.classes, "test")
+    return figures
+
+
+def print_skipped(skipped: Sequence[Skipped]) -> None:
+    """Names the images that were left out, on standard error."""
+    for item in skipped:
+        print(f"left out, cannot be read: {item.path} ({item.reason})", file=sys.stderr)

@@ -1,0 +1,27 @@
+"""`python -m ray_jobs JOB …`, also the console script `plates JOB …`."""
+
+import importlib
+import sys
+
+JOBS = {
+    "train": "train, predict the test split, report",
+    "predict": "batch inference from a checkpoint",
+}
+
+
+def main() -> int:
+    """Runs the job named by the first argument; 2 where there is no such job."""
+    name, argv = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if name in JOBS:
+        return importlib.import_module(f"ray_jobs.{name}").main(argv)
+    usage = "usage: plates JOB [flags]; plates JOB --help tells a job's flags\n\n"
+    usage += "\n".join(f"  {job:<10} {what}" for job, what in JOBS.items())
+    if name in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(f"plates: no job {name}\n{usage}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

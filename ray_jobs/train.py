@@ -1,0 +1,78 @@
+"""The main job: fine-tune a classifier on a data set, predict its test split, write a report."""
+
+import sys
+from collections.abc import Sequence
+
+from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, TrainConfig, run_job
+
+
+def train(config: TrainConfig) -> int:
+    # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
+    import pandas as pd
+
+    from plates import cluster, rundir
+    from plates.checkpoint import Bundle, save_bundle
+    from plates.dataset import check_dataset, load_dataset
+    from plates.metrics import score
+    from plates.model import preprocessing_of, resolve_weights
+    from plates.predict import predict, print_skipped, score_predictions, write_predictions
+    from plates.report import summary_table, write_report
+    from plates.timing import Phases, process_age_s, timing_table
+    from plates.train_loop import draw_examples, labels_of
+    from plates.trainer import fit
+
+    run = rundir.find_run(config.out, "train", config)
+    phases = Phases()
+    with phases.measure("data"):
+        dataset, skipped, _ = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
+    plan = cluster.plan_job(config.num_workers, config.device)
+    weights = resolve_weights(config.backbone, config.weights, config.seed)
+    preprocessing = preprocessing_of(weights.backbone, config.image_size)
+    resolved = {
+        "backbone": weights.backbone,
+        "backbone_reason": weights.reason,
+        "weights_source": weights.source,
+        "seed": config.seed,
+        "num_views": config.num_views or config.epochs,
+        "num_workers": plan.num_workers,
+        "device": plan.device,
+        "plan": plan.line,
+        "classes": list(dataset.classes),
+        "num_images": {"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)},
+        "versions": rundir.versions(),
+        "notes": [] if dataset.test else ["The data set has no test split: nothing was predicted."],
+    }
+    rundir.claim_run(run, "train", config, resolved)
+    print("\n".join([weights.reason, plan.line, *resolved["notes"]]), flush=True)
+
+    phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
+    with phases.measure("fit"):
+        trained = fit(config, dataset, weights, preprocessing, plan, run)
+    figures = {key: trained.history[-1][key] for key in ("train/loss", "train/accuracy")}
+    figures |= score(trained.val_logits, labels_of(dataset.val), dataset.classes, "val")
+    bundle = Bundle(weights.backbone, dataset.classes, preprocessing, trained.state, {**resolved, "metrics": figures})
+    save_bundle(run / "checkpoint", bundle)
+
+    with phases.measure("inference"):
+        predictions = predict(bundle, dataset.source, dataset.test, plan)
+    figures |= score_predictions(predictions, dataset)
+    timing = timing_table(phases, plan.num_workers, trained.timings, predictions.timings,
+                          config.epochs * len(dataset.train), len(dataset.test))  # fmt: skip
+    rundir.write_csv(run / "history.csv", pd.DataFrame(trained.history))
+    write_predictions(run, predictions)
+    rundir.write_results(run, figures, timing, [*skipped, *predictions.skipped])
+    report = write_report(run, train_views=draw_examples(dataset, preprocessing, config.seed),
+                          read_image=dataset.read_picture)  # fmt: skip
+    rundir.finish_run(run)
+    print(f"{summary_table(run)}\nreport: {report}")
+    cluster.stop_ray()
+    print_skipped(predictions.skipped)
+    return EXIT_SOME_UNREADABLE if skipped or predictions.skipped else EXIT_OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(train, TrainConfig, "plates train", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

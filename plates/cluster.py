@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -144,11 +143,3 @@ def list_nodes() -> list[Node]:
         if any(node.num_cpus or node.num_gpus for node in nodes) or time.monotonic() > deadline_s:
             return nodes
         time.sleep(0.5)
-
-
-def stop_ray() -> None:
-    """Leaves the cluster, and stops it where this process started it; nothing to do after a local run."""
-    if "ray" in sys.modules:
-        import ray
-
-        ray.shutdown()

@@ -162,7 +162,7 @@ def fit_state(state: dict[str, Tensor], backbone: str, origin: str) -> dict[str,
     wrong = [name for name in expected if name in named and named[name].shape != expected[name].shape]
     if wrong:
         raise UserError(f"{origin}: not weights of {backbone} ({wrong[0]} has shape {tuple(named[wrong[0]].shape)})")
-    return {name: (named[name] if name in named else value).to(value.dtype) for name, value in expected.items()}
+    return {name: value.to(expected[name].dtype) for name, value in (expected | named).items() if name in expected}
 
 
 def build_trunk(backbone: str) -> tuple[nn.Module, int]:

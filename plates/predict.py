@@ -1,5 +1,7 @@
 """Predictor, a plain callable: batch of paths in, probabilities out; in this process or under Ray Data."""
 
+import logging
+import math
 import os
 import socket
 import sys
@@ -157,9 +159,12 @@ def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan)
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # tqdm of the driver shows it
-    num_blocks = max(1, min(len(paths), plan.num_workers * 4))
-    rows = ray.data.from_pandas(pd.DataFrame({"path": paths})).repartition(num_blocks)
+    context.enable_progress_bars = False  # the driver's tqdm shows it
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Blocks are made here: a read or repartition task would wait for a CPU that the workers hold, for ever.
+    step = min(PATHS_PER_CALL, math.ceil(len(paths) / plan.num_workers))
+    blocks = [pd.DataFrame({"path": paths[i : i + step]}) for i in range(0, len(paths), step)]
+    rows = ray.data.from_pandas(blocks)
     predicted = rows.map_batches(
         RayPredictor,
         fn_constructor_kwargs={
@@ -168,7 +173,7 @@ def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan)
             "device": plan.device,
             "num_threads": plan.cpus_per_worker,
         },
-        batch_size=PATHS_PER_CALL,
+        batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=plan.num_workers),
         num_cpus=plan.cpus_per_worker,
         num_gpus=1 if plan.device == "cuda" else 0,
@@ -199,9 +204,9 @@ def score_predictions(predictions: Predictions, dataset: Dataset) -> dict[str, f
     }
     if dataset.true_test_labels and len(table):
         columns = [f"p_{name}" for name in dataset.classes]
-        log_probabilities = torch.from_numpy(table[columns].to_numpy(dtype=np.float64)).clamp_min(1e-30).log()
+        probabilities = torch.tensor(table[columns].to_numpy(dtype=np.float64))
         labels = torch.tensor([dataset.true_test_labels[path] for path in table["path"]])
-        figures |= score(log_probabilities, labels, dataset.classes, "test")
+        figures |= score(probabilities.clamp_min(1e-30).log(), labels, dataset.classes, "test")
     return figures
 
 

@@ -139,8 +139,8 @@ def scratch_glaze(rng: np.random.Generator, plate: Plate) -> None:
 
 def soil_plate(rng: np.random.Generator, plate: Plate) -> None:
     kinds = (smear_food, drop_crumbs, stain_glaze, spill_sauce)
-    for kind in rng.permutation(len(kinds))[: rng.integers(2, 5)]:
-        for _ in range(rng.integers(1, 3)):
+    for kind in rng.permutation(len(kinds))[: rng.integers(1, 5)]:
+        for _ in range(rng.integers(1, 4)):
             kinds[kind](rng, plate)
 
 
@@ -151,7 +151,7 @@ def smear_food(rng: np.random.Generator, plate: Plate) -> None:
     along, count = np.linspace(0, 1, 8)[:, None], rng.integers(8, 18)
     bristles = at + rng.normal(0, rng.uniform(0.04, 0.1), count) + drift * along
     paths = plate.locate(turn_rad + sweep_rad * (along + rng.uniform(0, 0.3, count)), bristles)
-    draw_strokes(rng, draw, paths, (120, 250), (5, 15))
+    draw_strokes(rng, draw, paths, (140, 255), (6, 18))
     box, smear = cut_mask(mask)
     smear = ImageChops.multiply(smear, make_noise(rng, (20, 26), (130, 256), smear.size))
     plate.paint(sample_food(rng), box, smear.filter(ImageFilter.BoxBlur(1)))
@@ -159,7 +159,7 @@ def smear_food(rng: np.random.Generator, plate: Plate) -> None:
 
 def drop_crumbs(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
-    count, spread = rng.integers(15, 60), rng.uniform(0.15, 0.5)
+    count, spread = rng.integers(25, 90), rng.uniform(0.15, 0.5)
     turns_rad, at = (place + rng.normal(0, spread, count) for place in sample_spots(rng, 1))
     starts = plate.locate(turns_rad, at)
     ends = starts + rng.normal(0, 4, count) + 1j * rng.normal(0, 4, count)
@@ -171,8 +171,8 @@ def drop_crumbs(rng: np.random.Generator, plate: Plate) -> None:
 def stain_glaze(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
     outline = plate.trace_patch(rng, plate.locate(*sample_spots(rng, 1)), rng.uniform(0.12, 0.4))
-    draw.polygon(outline, fill=int(rng.integers(80, 170)))
-    draw.line(outline + outline[:2], fill=int(rng.integers(150, 240)), width=5)
+    draw.polygon(outline, fill=int(rng.integers(110, 200)))
+    draw.line(outline + outline[:2], fill=int(rng.integers(170, 250)), width=5)
     box, stain = cut_mask(mask)
     stain = ImageChops.multiply(stain, make_noise(rng, (6, 8), (120, 256), stain.size))
     plate.paint(sample_food(rng), box, stain)
@@ -181,7 +181,7 @@ def stain_glaze(rng: np.random.Generator, plate: Plate) -> None:
 def spill_sauce(rng: np.random.Generator, plate: Plate) -> None:
     mask, draw = start_mask()
     turn_rad, at = sample_spots(rng, 1)
-    draw.polygon(plate.trace_patch(rng, plate.locate(turn_rad, at), rng.uniform(0.1, 0.36)), fill=245)
+    draw.polygon(plate.trace_patch(rng, plate.locate(turn_rad, at), rng.uniform(0.12, 0.4)), fill=245)
     count = rng.integers(2, 14)
     drops = plate.locate(turn_rad + rng.normal(0, 0.5, count), at + rng.normal(0, 0.3, count))
     plate.draw_discs(draw, drops, rng.uniform(0.015, 0.06, count), 245)

@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,7 @@ def train_epochs(
     config, dataset = task.config, task.dataset
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
-    forward = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+    forward = DistributedDataParallel(model, forward_sync_buffers=False) if dist.is_initialized() else model
     history, num_images = [], 0
     for epoch in progress(range(config.epochs), "training", worker):
         lr = optimizer.param_groups[0]["lr"]
@@ -256,12 +256,17 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def progress(items: range, description: str, worker: Worker) -> Iterable[int]:
+def progress(items: range, description: str, worker: Worker) -> Iterator[int]:
     """A progress bar on rank 0: tqdm in this process, Ray's own in a worker, whose lines Ray would double."""
     if worker.rank:
-        return items
-    if worker.is_ray:
+        yield from items
+    elif worker.is_ray:
         from ray.experimental import tqdm_ray
 
-        return tqdm_ray.tqdm(items, desc=description, total=len(items))
-    return tqdm(items, desc=description, unit="epoch")
+        bar = tqdm_ray.tqdm(desc=description, total=len(items), unit="epoch")
+        for item in items:
+            yield item
+            bar.update(1)
+        bar.close()
+    else:
+        yield from tqdm(items, desc=description, unit="epoch")

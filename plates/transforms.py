@@ -94,7 +94,7 @@ def train_batch(
     size = preprocessing.image_size
     crops = [crop(image, view, size) for image, view in zip(images, views, strict=True)]
     batch = to_device(crops, size, device)
-    is_flipped = torch.tensor([view.is_flipped for view in views], device=device)
+    is_flipped = torch.tensor([view.is_flipped for view in views], dtype=torch.bool, device=device)
     batch = torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
     return normalize(batch, preprocessing)
 

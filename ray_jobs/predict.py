@@ -54,7 +54,6 @@ def run_prediction(config: PredictConfig) -> int:
     report = write_report(run, train_views=[], read_image=dataset.read_picture)
     rundir.finish_run(run)
     print(f"{summary_table(run)}\nreport: {report}")
-    cluster.stop_ray()
     print_skipped(predictions.skipped)
     return EXIT_SOME_UNREADABLE if predictions.skipped else EXIT_OK
 

@@ -65,7 +65,6 @@ def train(config: TrainConfig) -> int:
                           read_image=dataset.read_picture)  # fmt: skip
     rundir.finish_run(run)
     print(f"{summary_table(run)}\nreport: {report}")
-    cluster.stop_ray()
     print_skipped(predictions.skipped)
     return EXIT_SOME_UNREADABLE if skipped or predictions.skipped else EXIT_OK
 

@@ -122,10 +122,10 @@ def test_figures_equal_those_in_the_files(odd_run: Path, odd_page: str) -> None:
     assert "30 images classified" in text
     assert "loss over 3 epochs: train from 0.7 to 0.2123; val from 0.69 to 0.3457" in odd_page
     table = pd.read_csv(odd_run / "predictions.csv", dtype={"id": str})
-    stated = table[[f"p_{name}" for name in ODD_CLASSES]].max(axis=1)
-    for title, row in (("Most confident", stated.idxmax()), ("Least confident", stated.idxmin())):
+    stated = table[[f"p_{name}" for name in ODD_CLASSES]].max(axis=1).to_numpy()
+    for title, row in (("Most confident", stated.argmax()), ("Least confident", stated.argmin())):
         caption = odd_page.split(f"<h3>{title}</h3>")[1].split("</figcaption>")[0]
-        assert f"<b>{table['id'][row]}</b>" in caption
+        assert f"<b>{table.at[int(row), 'id']}</b>" in caption
         assert f"{stated[row]:.3f}" in caption
     assert odd_page.count("<figure>") == 24 + 8 + 8 + 2
 

@@ -1,0 +1,61 @@
+"""What tests share: real photos where they are, small folders of pictures, one local Ray."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The real photos: $PLATES_PHOTOS, else ../shared/platesv2 beside the checkout."""
+    folder = Path(os.environ.get("PLATES_PHOTOS", ROOT.parent / "shared" / "platesv2"))
+    if not folder.is_dir():
+        pytest.skip(f"no photos at {folder}; set PLATES_PHOTOS")
+    return folder.resolve()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing that another test or the user computed may be reused."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("PLATES_CACHE", str(cache))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return cache
+
+
+def write_picture(path: Path, seed: int, height: int = 40, width: int = 56) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((width, height)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data set of 9 + 8 labelled and 7 test pictures of differing sizes: numbers that nothing divides."""
+    root = tmp_path / "data"
+    for index in range(9):
+        write_picture(root / "train" / "cleaned" / f"{index}.jpg", index, 40 + index, 56)
+    for index in range(8):
+        write_picture(root / "train" / "dirty" / f"{index}.png", 100 + index, 56, 40 + index)
+    for index in range(7):
+        write_picture(root / "test" / f"{index}.jpg", 200 + index)
+    return root
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Ray on this machine with 2 CPUs, started once for all integration tests."""
+    import logging
+
+    import ray
+
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.init(address="local", num_cpus=2, object_store_memory=200_000_000, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()

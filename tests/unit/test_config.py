@@ -1,0 +1,65 @@
+import dataclasses
+
+import pytest
+
+from plates.config import PredictConfig, TrainConfig, UserError, run_job
+
+DATA = {"data", "out", "skip_unreadable"}
+WORKER = {"num_workers", "device"}
+MODEL = {
+    "backbone", "weights", "trainable", "epochs", "lr", "step_size", "gamma", "global_batch_size", "image_size",
+    "seed", "num_views",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config_class", "flags"),
+    [(TrainConfig, DATA | WORKER | MODEL), (PredictConfig, DATA | WORKER | {"checkpoint"})],
+)
+def test_the_flags_are_these(config_class, flags):
+    assert {field.name for field in dataclasses.fields(config_class)} == flags
+
+
+def test_the_defaults_are_the_published_recipe():
+    config = TrainConfig()
+    assert (config.epochs, config.lr, config.step_size, config.gamma) == (100, 1e-3, 7, 0.1)
+    assert (config.global_batch_size, config.image_size, config.trainable) == (8, 224, "head")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--epochs", "0"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--step-size", "0"), ("--gamma", "0"),
+        ("--gamma", "1.5"), ("--global-batch-size", "0"), ("--image-size", "31"), ("--seed", "-1"),
+        ("--num-views", "0"), ("--num-workers", "-1"), ("--data", "synthetic:3"), ("--data", "synthetic:many"),
+        ("--data", ""), ("--out", ""), ("--weights", ""),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_one_line_and_exit_code_2(flag, value, capsys):
+    assert run_job(lambda config: 0, TrainConfig, "plates train", [flag, value]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert message.startswith(f"plates train: {flag} {value}".rstrip())
+
+
+@pytest.mark.parametrize("argv", [["--no-such-flag"], ["--epochs", "many"], ["--backbone", "vgg16"], ["stray"]])
+def test_an_unknown_flag_or_word_ends_with_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_job(lambda config: 0, TrainConfig, "plates train", argv)
+    assert ended.value.code == 2
+    assert argv[-1].lstrip("-") in capsys.readouterr().err
+
+
+def test_flags_reach_the_config():
+    seen = []
+    argv = ["--num-workers", "3", "--lr", "0.01", "--num-views", "5", "--skip-unreadable"]
+    run_job(lambda config: seen.append(config) or 0, TrainConfig, "plates train", argv)
+    assert seen == [TrainConfig(num_workers=3, lr=0.01, num_views=5, skip_unreadable=True)]
+
+
+def test_configs_are_frozen():
+    config = TrainConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UserError):
+        dataclasses.replace(config, lr=-1.0)

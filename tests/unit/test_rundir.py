@@ -1,0 +1,64 @@
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from plates import rundir
+from plates.config import TrainConfig, UserError
+
+CONFIG = TrainConfig(data="synthetic:8", epochs=2)
+
+
+def test_a_new_run_gets_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, other = rundir.find_run(None, "train", CONFIG), rundir.find_run(None, "train", CONFIG)
+    assert one != other
+    assert one.parent == tmp_path / "runs"
+    assert not one.exists()
+
+
+def test_a_finished_run_is_never_taken_again(tmp_path):
+    run = tmp_path / "run"
+    rundir.claim_run(run, "train", CONFIG, {})
+    assert rundir.find_run(str(run), "train", CONFIG) == run
+    rundir.finish_run(run)
+    with pytest.raises(UserError, match="holds a finished run"):
+        rundir.find_run(str(run), "train", CONFIG)
+
+
+def test_an_unfinished_run_is_taken_again_by_the_same_settings_only(tmp_path):
+    run = tmp_path / "run"
+    rundir.claim_run(run, "train", CONFIG, {})
+    with pytest.raises(UserError, match=r"other settings \(epochs, lr differ\)"):
+        rundir.find_run(str(run), "train", replace(CONFIG, epochs=3, lr=0.1))
+    with pytest.raises(UserError, match="job"):
+        rundir.find_run(str(run), "tune", CONFIG)
+
+
+def test_other_files_are_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        rundir.find_run(str(tmp_path), "train", CONFIG)
+    with pytest.raises(UserError, match="is a file"):
+        rundir.find_run(str(tmp_path / "thesis.txt"), "train", CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "metrics.json"
+    rundir.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        rundir.write_json(path, {"a": object()})
+    with pytest.raises(ZeroDivisionError):
+        rundir.write_whole(path, lambda file: file.write_text("half") and 1 / 0)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tables_are_written_alike(tmp_path):
+    table = pd.DataFrame({"id": ["0001"], "label": ["cleaned"]})
+    rundir.write_csv(tmp_path / "a.csv", table)
+    rundir.write_parquet(tmp_path / "a.parquet", table)
+    assert (tmp_path / "a.csv").read_text() == "id,label\n0001,cleaned\n"
+    assert pd.read_parquet(tmp_path / "a.parquet").equals(table)

@@ -1,0 +1,81 @@
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+from plates.model import preprocessing_of
+from plates.transforms import Preprocessing, View, draw_view, eval_batch, to_picture, train_batch
+
+CPU = torch.device("cpu")
+PREPROCESSING = preprocessing_of("resnet18", image_size=64)
+
+
+def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_train_batch_equals_torchvision_on_the_same_draws():
+    images = [picture(80, 120), picture(200, 90, 1), picture(64, 64, 2)]
+    views = [draw_view(0, i, "a.jpg", *image.shape[1:]) for i, image in enumerate(images)]
+    views[0] = View(3, 5, 40, 60, True)
+    batch = train_batch(images, views, PREPROCESSING, CPU)
+    for model_input, image, view in zip(batch, images, views, strict=True):
+        cropped = v2.functional.resized_crop(
+            image, view.top, view.left, view.height, view.width, [64, 64], antialias=True
+        )
+        flipped = v2.functional.horizontal_flip(cropped) if view.is_flipped else cropped
+        rest = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(PREPROCESSING.mean, PREPROCESSING.std)]
+        )
+        assert (model_input - rest(flipped)).abs().max() < 1e-5
+
+
+def test_eval_batch_equals_torchvision():
+    images = [picture(80, 120), picture(30, 33, 1)]
+    reference = v2.Compose(
+        [
+            v2.Resize([64, 64], antialias=True),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(PREPROCESSING.mean, PREPROCESSING.std),
+        ]
+    )
+    batch = eval_batch(images, PREPROCESSING, CPU)
+    assert (batch - torch.stack([reference(image) for image in images])).abs().max() < 1e-5
+
+
+def test_an_empty_batch_keeps_its_shape():
+    assert train_batch([], [], PREPROCESSING, CPU).shape == (0, 3, 64, 64)
+
+
+def test_a_view_is_a_function_of_seed_index_and_path():
+    assert draw_view(0, 1, "a.jpg", 256, 341) == draw_view(0, 1, "a.jpg", 256, 341)
+    views = {draw_view(s, i, p, 256, 341) for s in range(3) for i in range(3) for p in ("a.jpg", "b.jpg")}
+    assert len(views) == 18
+
+
+def test_views_are_distributed_as_torchvisions_random_resized_crop():
+    torch.manual_seed(0)
+    image = picture(256, 341)
+    theirs = [v2.RandomResizedCrop(64).make_params([image]) for _ in range(3000)]
+    ours = [draw_view(7, i, "a.jpg", 256, 341) for i in range(3000)]
+    for name in ("top", "left", "height", "width"):
+        mine = np.array([getattr(view, name) for view in ours])
+        reference = np.array([params[name] for params in theirs])
+        assert abs(mine.mean() - reference.mean()) < 5 * reference.std() * (2 / 3000) ** 0.5
+        assert abs(mine.std() - reference.std()) < 0.1 * reference.std()
+    assert abs(np.mean([view.is_flipped for view in ours]) - 0.5) < 0.05
+
+
+def test_views_lie_inside_images_of_any_shape():
+    for height, width in [(1, 1), (1, 500), (500, 1), (32, 2000)]:
+        for index in range(50):
+            view = draw_view(0, index, "a", height, width)
+            assert 0 <= view.top <= height - view.height
+            assert 0 <= view.left <= width - view.width
+            assert min(view.height, view.width) >= 1
+
+
+def test_preprocessing_survives_json_and_pictures_survive_normalisation():
+    assert Preprocessing.from_dict(PREPROCESSING.to_dict()) == PREPROCESSING
+    image = picture(64, 64)
+    shown = to_picture(eval_batch([image], PREPROCESSING, CPU)[0], PREPROCESSING)
+    assert np.array_equal(shown, image.permute(1, 2, 0).numpy())

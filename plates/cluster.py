@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ import torch
 from plates.config import UserError
 
 WAIT_FOR_NODES_S = 20.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,23 @@ def start_ray() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
+    check_address(address)
     try:
         ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if address == "local":
             raise
+        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
+
+
+def check_address(address: str) -> None:
+    """Raises: UserError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
 
 

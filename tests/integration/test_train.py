@@ -99,7 +99,7 @@ def test_two_workers_predict_what_one_process_predicts(folder, tmp_path, local_r
     assert list(here.table["path"]) == [f"test/{i}.jpg" for i in range(7)]
     assert here.skipped == on_ray.skipped
     assert [item.path for item in here.skipped] == ["test/broken.jpg"]
-    assert len(on_ray.timings) == 2
+    assert 1 <= len(on_ray.timings) <= 2  # so few images may all go to the worker that is up first
     columns = here.table[["p_cleaned", "p_dirty"]]
     assert columns.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
 

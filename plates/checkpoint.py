@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -61,12 +60,12 @@ def load_bundle(folder: Path) -> Bundle:
         raise UserError(f"--checkpoint {folder}: is damaged ({type(error).__name__})") from error
 
 
-def build_model(bundle: Bundle, device: torch.device) -> Classifier:
-    """The bundle's classifier on the device, in channels_last. Raises: UserError where its tensors do not fit."""
+def build_model(bundle: Bundle) -> Classifier:
+    """The bundle's classifier, fp32 on the CPU. Raises: UserError where its tensors do not fit."""
     trunk, num_features = build_trunk(bundle.backbone)
     model = Classifier(trunk, num_features, len(bundle.classes))
     try:
         model.load_state_dict(bundle.state)
     except RuntimeError as error:
         raise UserError(f"--checkpoint: its tensors are not those of a {bundle.backbone}") from error
-    return model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return model

@@ -12,6 +12,7 @@ Backbone = Literal[
 ]  # fmt: skip
 Trainable = Literal["head", "layer4", "all"]
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 NumWorkers = Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="auto|N")]
 
 EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_SOME_UNREADABLE = 0, 1, 2, 3
@@ -47,10 +48,14 @@ class WorkerConfig:
     """Ray workers; 0 runs in this process. auto: one a GPU (or CPU node) in a cluster, else by this machine."""
     device: Device = "auto"
     """Where tensors live. auto: cuda where torch sees it."""
+    precision: Precision = "auto"
+    """Of the trunk. auto: bf16 where the device computes it, fp16 on older GPUs, else fp32."""
 
     def __post_init__(self) -> None:
         if self.num_workers != "auto":
             require("--num-workers", self.num_workers, self.num_workers >= 0, "must be auto, 0 or more")
+        if self.precision == "fp16" and self.device == "cpu":
+            raise UserError("--precision fp16: is for GPUs; on --device cpu use auto, bf16 or fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,12 @@ from tqdm import tqdm
 from plates.checkpoint import Bundle, build_model
 from plates.cluster import Plan
 from plates.dataset import Dataset, Sample, Skipped, Source, UnreadableImageError, image_ids, prefetch
+from plates.features import FrozenTrunk
 from plates.metrics import score
+from plates.model import resolve_precision
 from plates.rundir import write_csv, write_parquet
 from plates.timing import device_name, rate
-from plates.transforms import eval_batch, resize
+from plates.transforms import resize
 
 PREDICT_BATCH_SIZE = 32  # images a forward pass, on each worker
 PATHS_PER_CALL = 128  # paths handed to the Predictor at once, so that decoding runs ahead of computing
@@ -33,12 +35,15 @@ Batch = dict[str, np.ndarray]
 class Predictor:
     """Holds the model on a device. Ray Data builds one in each worker."""
 
-    def __init__(self, bundle: Bundle, source: Source, device: str, num_threads: int) -> None:
+    def __init__(self, bundle: Bundle, source: Source, device: str, precision: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         self.device = torch.device(device)
-        self.preprocessing = bundle.preprocessing
+        self.image_size = bundle.preprocessing.image_size
         self.source = source
-        self.model = build_model(bundle, self.device)
+        model = build_model(bundle)
+        dtype = resolve_precision(precision, self.device, bundle.backbone)
+        self.trunk = FrozenTrunk(model.trunk, bundle.preprocessing, self.device, dtype)
+        self.head = model.head.to(self.device)
         self.identity = {
             "node": socket.gethostname(),
             "pid": os.getpid(),
@@ -58,7 +63,7 @@ class Predictor:
         start_s = time.perf_counter()
         paths = [str(path) for path in batch["path"]]
         errors = np.full(len(paths), "", dtype=object)
-        probabilities = np.full((len(paths), self.model.head.out_features), np.nan, dtype=np.float32)
+        probabilities = np.full((len(paths), self.head.out_features), np.nan, dtype=np.float32)
         places, pictures = [], []
         for place, picture in enumerate(prefetch(self.read, paths, num_ahead=2 * PREDICT_BATCH_SIZE)):
             if isinstance(picture, str):
@@ -83,24 +88,23 @@ class Predictor:
     def read(self, path: str) -> torch.Tensor | str:
         """The picture at the model's size, (3, S, S) uint8, or the reason why it cannot be read."""
         try:
-            return resize(self.source.read(path), self.preprocessing.image_size)
+            return resize(self.source.read(path), self.image_size)
         except UnreadableImageError as error:
             return str(error)
 
     @torch.inference_mode()
     def forward(self, pictures: list[torch.Tensor]) -> np.ndarray:
         """B pictures (3, S, S) uint8 to (B, C) float32 softmax probabilities."""
-        logits = self.model(eval_batch(pictures, self.preprocessing, self.device))
-        return logits.float().softmax(1).cpu().numpy()
+        return self.head(self.trunk(torch.stack(pictures))).softmax(1).cpu().numpy()
 
 
 class RayPredictor(Predictor):
     """The Predictor as Ray Data builds it: the bundle comes through the object store."""
 
-    def __init__(self, bundle_ref: list[Any], source: Source, device: str, num_threads: int) -> None:
+    def __init__(self, bundle_ref: list[Any], source: Source, device: str, precision: str, num_threads: int) -> None:
         import ray
 
-        super().__init__(ray.get(bundle_ref[0]), source, device, num_threads)
+        super().__init__(ray.get(bundle_ref[0]), source, device, precision, num_threads)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Predictions:
     timings: list[dict[str, Any]]
 
 
-def predict(bundle: Bundle, source: Source, samples: Sequence[Sample], plan: Plan) -> Predictions:
+def predict(bundle: Bundle, source: Source, samples: Sequence[Sample], plan: Plan, precision: str) -> Predictions:
     """Predicts samples by the plan. Each readable image is one row; the others are listed as skipped."""
     paths = sorted(sample.path for sample in samples)
     columns = [f"p_{name}" for name in bundle.classes]
@@ -120,7 +124,7 @@ def predict(bundle: Bundle, source: Source, samples: Sequence[Sample], plan: Pla
         return Predictions(pd.DataFrame(columns=["path", "id", "label", *columns]), [], [])
     run = predict_on_ray if plan.num_workers else predict_here
     parts = []
-    for batch in tqdm_paths(run(bundle, source, paths, plan), len(paths)):
+    for batch in tqdm_paths(run(bundle, source, paths, plan, precision), len(paths)):
         probabilities = pd.DataFrame(batch.pop("probabilities"), columns=pd.Index(columns))
         parts.append(pd.concat([pd.DataFrame(batch), probabilities], axis=1))
     rows = pd.concat(parts).sort_values("path", ignore_index=True)
@@ -149,13 +153,13 @@ def time_workers(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return timings
 
 
-def predict_here(bundle: Bundle, source: Source, paths: list[str], plan: Plan) -> Iterator[Batch]:
-    predictor = Predictor(bundle, source, plan.device, plan.cpus_per_worker)
+def predict_here(bundle: Bundle, source: Source, paths: list[str], plan: Plan, precision: str) -> Iterator[Batch]:
+    predictor = Predictor(bundle, source, plan.device, precision, plan.cpus_per_worker)
     for start in range(0, len(paths), PATHS_PER_CALL):
         yield predictor({"path": np.array(paths[start : start + PATHS_PER_CALL])})
 
 
-def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan) -> Iterator[Batch]:
+def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan, precision: str) -> Iterator[Batch]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -171,6 +175,7 @@ def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan)
             "bundle_ref": [ray.put(bundle)],
             "source": source,
             "device": plan.device,
+            "precision": precision,
             "num_threads": plan.cpus_per_worker,
         },
         batch_size=None,

@@ -2,9 +2,10 @@
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +18,21 @@ from tqdm import tqdm
 from plates import metrics
 from plates.config import TrainConfig
 from plates.dataset import Dataset, Sample, Source, prefetch
-from plates.model import Classifier, Weights, build_classifier, set_trainable
+from plates.features import (
+    Features,
+    FrozenTrunk,
+    compute_eval,
+    compute_views,
+    features_key,
+    load_features,
+    save_features,
+)
+from plates.head import Heads, HeadSettings, epoch_order, fit_heads
+from plates.model import Classifier, Weights, build_classifier, dtype_name, resolve_precision, set_trainable
 from plates.timing import Phases, device_name, rate
 from plates.transforms import Preprocessing, draw_view, eval_batch, to_picture, train_batch
 
+ItemT = TypeVar("ItemT")
 EVAL_BATCH_SIZE_PER_WORKER = 64
 IMAGE_CACHE_BYTES = 1 << 30  # decoded images that a worker keeps; what does not fit is decoded again each epoch
 
@@ -33,6 +45,8 @@ class Task:
     dataset: Dataset
     weights: Weights
     preprocessing: Preprocessing
+    digests: dict[str, str]
+    cache_root: Path
     submitted_at: float
 
 
@@ -47,6 +61,16 @@ class Worker:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """What a way of training gives, with the model's weights set: history and logits on rank 0."""
+
+    history: list[dict[str, float]]
+    val_logits: Tensor
+    num_images: int
+    has_reused_features: bool
+
+
+@dataclass(frozen=True)
 class Trained:
     """What rank 0 hands back: tensors on the CPU, one history row an epoch, one timing row a worker."""
 
@@ -54,6 +78,8 @@ class Trained:
     history: list[dict[str, float]]
     val_logits: Tensor
     timings: list[dict[str, Any]]
+    precision: str
+    has_reused_features: bool
 
 
 class ImageCache:
@@ -86,19 +112,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> Trained | None:
 
 
 def train(task: Task, worker: Worker) -> Trained | None:
-    """Runs all epochs. Every worker takes part in every step; rank 0 returns the result, the others None."""
+    """Trains on one worker of the group. Every worker takes part; rank 0 returns the result, the others None."""
     startup_s = time.time() - task.submitted_at
     phases = Phases(worker.device)
     config, dataset = task.config, task.dataset
+    dtype = resolve_precision(config.precision, worker.device, task.weights.backbone)
     model = build_classifier(task.weights.backbone, task.weights.state, len(dataset.classes), config.seed)
-    model = model.to(device=worker.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    parameters = set_trainable(model, config.trainable)
-    cache = ImageCache(dataset.source)
-    with phases.measure("data"):
-        warm(cache, [*dataset.train, *dataset.val])
-    with phases.measure("train"):
-        history, num_images = train_epochs(task, worker, model, parameters, cache)
-        val_logits = evaluate(model, dataset.val, cache, task.preprocessing, worker)
+    way = train_head if config.trainable == "head" else train_end_to_end
+    fitted = way(task, worker, model, dtype, phases)
     timings = gather(
         {
             "rank": worker.rank,
@@ -108,14 +129,109 @@ def train(task: Task, worker: Worker) -> Trained | None:
             "startup_s": startup_s,
             "data_s": phases.seconds["data"],
             "train_s": phases.seconds["train"],
-            "train_images_per_sec": rate(num_images, phases.seconds["train"]),
+            "train_images_per_sec": rate(fitted.num_images, phases.seconds["train"]),
         }
     )
-    shards = gather(val_logits)
     if worker.rank:
         return None
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    return Trained(state, history, interleave(shards), timings)
+    return Trained(state, fitted.history, fitted.val_logits, timings, dtype_name(dtype), fitted.has_reused_features)
+
+
+def train_head(task: Task, worker: Worker, model: Classifier, dtype: torch.dtype, phases: Phases) -> Fitted:
+    """The head alone: the group computes the trunk's features once, rank 0 fits the head on them.
+
+    With the trunk frozen this is the same head as training end to end over the same views, to rounding.
+    """
+    config, dataset = task.config, task.dataset
+    with phases.measure("train"):
+        features, num_images = shared_features(task, worker, model, dtype)
+        history: list[dict[str, float]] = []
+        val_logits = torch.zeros(0)
+        if features is not None:
+            settings = HeadSettings(
+                lr=config.lr, step_size=config.step_size, gamma=config.gamma, indices=range(len(dataset.train))
+            )
+            heads = fit_heads(
+                features.train,
+                labels_of(dataset.train),
+                [settings],
+                (model.head.weight.detach(), model.head.bias.detach()),
+                epochs=config.epochs,
+                global_batch_size=config.global_batch_size,
+                seed=config.seed,
+                evaluation=(features.val, labels_of(dataset.val)),
+            )
+            model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
+            val_logits = heads.logits(features.val)[0]
+            history = history_of(heads)
+    return Fitted(history, val_logits, num_images, has_reused_features=num_images == 0 and worker.rank == 0)
+
+
+def shared_features(task: Task, worker: Worker, model: Classifier, dtype: torch.dtype) -> tuple[Features | None, int]:
+    """All features on rank 0 (None on the others), stored or computed now, each worker its share of the images.
+
+    Returns: the features, and how many views of training images this worker computed (0 where they were stored).
+    """
+    config, dataset = task.config, task.dataset
+    num_views = config.num_views or config.epochs
+    described = {
+        "backbone": task.weights.backbone,
+        "seed": config.seed,
+        "num_views": num_views,
+        "precision": dtype_name(dtype),
+        "device": worker.device.type,
+    }
+    key = features_key(task.digests, (dataset.train, dataset.val), task.weights.state, task.preprocessing, described)
+    path = task.cache_root / "features" / f"{key}.parquet"
+    stored = None
+    if worker.rank == 0:
+        stored = load_features(path, num_views, len(dataset.train), len(dataset.val))
+    if broadcast(stored is not None):
+        return stored, 0
+    trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, dtype)
+    mine, my_val = shard(dataset.train, worker), shard(dataset.val, worker)
+    computed = compute_views(trunk, dataset.source, mine, config.seed, num_views)
+    train_rows = list(progress(computed, len(mine), f"features in {dtype_name(dtype)}", "image", worker))
+    val_rows = [row[0] for row in compute_eval(trunk, dataset.source, my_val)]
+    num_features = model.head.in_features
+    shards = gather((stack_rows(train_rows, (num_views, num_features)), stack_rows(val_rows, (num_features,))))
+    num_images = len(mine) * num_views
+    if worker.rank:
+        return None, num_images
+    train_features, val_features = (interleave(parts) for parts in zip(*shards, strict=True))
+    features = Features(train_features.transpose(0, 1).contiguous(), val_features)
+    save_features(path, features)
+    return features, num_images
+
+
+def history_of(heads: Heads) -> list[dict[str, float]]:
+    """One row an epoch of the first head."""
+    columns = {
+        "lr": heads.lr,
+        "train/loss": heads.train_loss,
+        "train/accuracy": heads.train_accuracy,
+        "val/loss": heads.eval_loss,
+        "val/accuracy": heads.eval_accuracy,
+    }
+    return [
+        {"epoch": epoch, **{name: float(values[epoch][0]) for name, values in columns.items()}}
+        for epoch in range(len(heads.lr))
+    ]
+
+
+def train_end_to_end(task: Task, worker: Worker, model: Classifier, dtype: torch.dtype, phases: Phases) -> Fitted:
+    """The loop for `layer4` and `all`: every epoch through the whole model."""
+    model.to(device=worker.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    parameters = set_trainable(model, task.config.trainable)
+    cache = ImageCache(task.dataset.source)
+    with phases.measure("data"):
+        warm(cache, [*task.dataset.train, *task.dataset.val])
+    with phases.measure("train"), torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
+        history, num_images = train_epochs(task, worker, model, parameters, cache)
+        val_logits = evaluate(model, task.dataset.val, cache, task.preprocessing, worker)
+    shards = gather(val_logits)
+    return Fitted(history, interleave(shards) if shards else val_logits, num_images, has_reused_features=False)
 
 
 def train_epochs(
@@ -130,7 +246,7 @@ def train_epochs(
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
     forward = DistributedDataParallel(model, forward_sync_buffers=False) if dist.is_initialized() else model
     history, num_images = [], 0
-    for epoch in progress(range(config.epochs), "training", worker):
+    for epoch in progress(range(config.epochs), config.epochs, "training", "epoch", worker):
         lr = optimizer.param_groups[0]["lr"]
         sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
         for batch, labels, global_count in train_batches(task, worker, epoch, cache):
@@ -158,12 +274,6 @@ def train_epochs(
             }
         )
     return history, num_images
-
-
-def epoch_order(seed: int, epoch: int, num_images: int) -> list[int]:
-    """The order of the training images in an epoch: a function of seed and epoch alone."""
-    generator = torch.Generator().manual_seed((seed << 24) + epoch)
-    return torch.randperm(num_images, generator=generator).tolist()
 
 
 def train_batches(task: Task, worker: Worker, epoch: int, cache: ImageCache) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -227,12 +337,17 @@ def shard(samples: Sequence[Sample], worker: Worker) -> Sequence[Sample]:
     return samples[worker.rank :: worker.world_size]
 
 
-def interleave(shards: list[Tensor]) -> Tensor:
-    """Undoes `shard`: the (N, C) rows of all workers in the samples' order."""
+def interleave(shards: Sequence[Tensor]) -> Tensor:
+    """Undoes `shard`: the (N, ...) rows of all workers in the samples' order."""
     whole = torch.zeros((sum(len(part) for part in shards), *shards[0].shape[1:]))
     for rank, part in enumerate(shards):
         whole[rank :: len(shards)] = part
     return whole
+
+
+def stack_rows(rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """(n, *shape) of a worker's rows; n may be 0."""
+    return torch.stack(rows) if rows else torch.zeros((0, *shape))
 
 
 def labels_of(samples: Sequence[Sample]) -> Tensor:
@@ -248,25 +363,33 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every worker's value, by rank."""
+    """Every worker's value by rank, on rank 0; an empty list on the others."""
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
-def progress(items: range, description: str, worker: Worker) -> Iterator[int]:
+def broadcast(value: bool) -> bool:
+    """Rank 0's value, on every worker."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def progress(items: Iterable[ItemT], total: int, description: str, unit: str, worker: Worker) -> Iterator[ItemT]:
     """A progress bar on rank 0: tqdm in this process, Ray's own in a worker, whose lines Ray would double."""
     if worker.rank:
         yield from items
     elif worker.is_ray:
         from ray.experimental import tqdm_ray
 
-        bar = tqdm_ray.tqdm(desc=description, total=len(items), unit="epoch")
+        bar = tqdm_ray.tqdm(desc=description, total=total, unit=unit)
         for item in items:
             yield item
             bar.update(1)
         bar.close()
     else:
-        yield from tqdm(items, desc=description, unit="epoch")
+        yield from tqdm(items, desc=description, total=total, unit=unit)

@@ -10,6 +10,7 @@ import torch
 from plates.cluster import Plan
 from plates.config import TrainConfig, UserError
 from plates.dataset import Dataset, UnreadableImageError
+from plates.features import cache_root
 from plates.model import Weights
 from plates.train_loop import Task, Trained, Worker, train, train_loop_per_worker
 from plates.transforms import Preprocessing
@@ -20,6 +21,7 @@ STATE_FOLDER = ".ray_train"  # Ray Train's own bookkeeping inside the run direct
 def fit(
     config: TrainConfig,
     dataset: Dataset,
+    digests: dict[str, str],
     weights: Weights,
     preprocessing: Preprocessing,
     plan: Plan,
@@ -29,7 +31,7 @@ def fit(
 
     Raises: UserError where a worker cannot read an image that the driver could.
     """
-    task = Task(config, dataset, weights, preprocessing, time.time())
+    task = Task(config, dataset, weights, preprocessing, digests, cache_root(), time.time())
     try:
         if plan.num_workers == 0:
             torch.set_num_threads(plan.cpus_per_worker)

@@ -93,32 +93,35 @@ def train_batch(
     """
     size = preprocessing.image_size
     crops = [crop(image, view, size) for image, view in zip(images, views, strict=True)]
-    batch = to_device(crops, size, device)
-    is_flipped = torch.tensor([view.is_flipped for view in views], dtype=torch.bool, device=device)
-    batch = torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
-    return normalize(batch, preprocessing)
+    is_flipped = torch.tensor([view.is_flipped for view in views], dtype=torch.bool)
+    return normalize(flip(move(stack(crops, size), device), move(is_flipped, device)), preprocessing)
 
 
 def eval_batch(images: Sequence[Tensor], preprocessing: Preprocessing, device: torch.device) -> Tensor:
     """B tensors (3, H, W) uint8 of any sizes to (B, 3, S, S) float32 on `device`, channels_last."""
     size = preprocessing.image_size
-    return normalize(to_device([resize(image, size) for image in images], size, device), preprocessing)
+    return normalize(move(stack([resize(image, size) for image in images], size), device), preprocessing)
 
 
-def to_device(images: list[Tensor], size: int, device: torch.device) -> Tensor:
-    """Stacks to (B, 3, S, S) uint8 on the device, through pinned memory for CUDA; B may be 0."""
-    batch = torch.stack(images) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)
-    if device.type == "cuda":
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    return batch
+def stack(pictures: list[Tensor], size: int) -> Tensor:
+    """B tensors (3, S, S) uint8 to (B, 3, S, S); B may be 0."""
+    return torch.stack(pictures) if pictures else torch.empty((0, 3, size, size), dtype=torch.uint8)
+
+
+def move(values: Tensor, device: torch.device) -> Tensor:
+    """To the device, through pinned memory and without waiting for CUDA."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def flip(batch: Tensor, is_flipped: Tensor) -> Tensor:
+    """(B, 3, S, S) with the images mirrored where (B,) bool says so."""
+    return torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
 
 
 def normalize(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
     """(B, 3, S, S) uint8 to float32, scaled to 0-1 and normalised by channel, channels_last."""
-    batch = batch.to(memory_format=torch.channels_last)
-    return F.normalize(
-        F.to_dtype(batch, torch.float32, scale=True), list(preprocessing.mean), list(preprocessing.std)
-    )
+    batch = F.to_dtype(batch.to(memory_format=torch.channels_last), torch.float32, scale=True)
+    return F.normalize(batch, list(preprocessing.mean), list(preprocessing.std))
 
 
 def to_picture(model_input: Tensor, preprocessing: Preprocessing) -> np.ndarray:

@@ -46,7 +46,7 @@ def run_prediction(config: PredictConfig) -> int:
 
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     with phases.measure("inference"):
-        predictions = predict(bundle, dataset.source, dataset.test, plan)
+        predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
     figures = score_predictions(predictions, dataset)
     timing = timing_table(phases, plan.num_workers, [], predictions.timings, num_predicted=len(dataset.test))
     write_predictions(run, predictions)

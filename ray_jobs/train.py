@@ -24,7 +24,7 @@ def train(config: TrainConfig) -> int:
     run = rundir.find_run(config.out, "train", config)
     phases = Phases()
     with phases.measure("data"):
-        dataset, skipped, _ = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
+        dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
     plan = cluster.plan_job(config.num_workers, config.device)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
@@ -47,17 +47,18 @@ def train(config: TrainConfig) -> int:
 
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     with phases.measure("fit"):
-        trained = fit(config, dataset, weights, preprocessing, plan, run)
+        trained = fit(config, dataset, digests, weights, preprocessing, plan, run)
     figures = {key: trained.history[-1][key] for key in ("train/loss", "train/accuracy")}
     figures |= score(trained.val_logits, labels_of(dataset.val), dataset.classes, "val")
     bundle = Bundle(weights.backbone, dataset.classes, preprocessing, trained.state, {**resolved, "metrics": figures})
     save_bundle(run / "checkpoint", bundle)
 
     with phases.measure("inference"):
-        predictions = predict(bundle, dataset.source, dataset.test, plan)
+        predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
     figures |= score_predictions(predictions, dataset)
     timing = timing_table(phases, plan.num_workers, trained.timings, predictions.timings,
                           config.epochs * len(dataset.train), len(dataset.test))  # fmt: skip
+    rundir.update_config(run, precision=trained.precision, has_reused_features=trained.has_reused_features)
     rundir.write_csv(run / "history.csv", pd.DataFrame(trained.history))
     write_predictions(run, predictions)
     rundir.write_results(run, figures, timing, [*skipped, *predictions.skipped])

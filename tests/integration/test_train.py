@@ -11,7 +11,7 @@ import torch
 from plates.checkpoint import Bundle
 from plates.cluster import Plan
 from plates.config import TrainConfig
-from plates.dataset import load_dataset, load_test_split
+from plates.dataset import check_dataset, load_dataset, load_test_split
 from plates.metrics import score
 from plates.model import preprocessing_of, resolve_weights
 from plates.predict import predict
@@ -20,7 +20,9 @@ from plates.trainer import fit
 from ray_jobs import predict as predict_job
 from ray_jobs import train as train_job
 
-CONFIG = TrainConfig(backbone="resnet18", weights="none", epochs=2, image_size=32, global_batch_size=6)
+CONFIG = TrainConfig(
+    backbone="resnet18", weights="none", epochs=2, image_size=32, global_batch_size=6, precision="fp32"
+)
 RUN_FILES = {
     "config.json", "history.csv", "metrics.json", "timing.csv", "predictions.csv", "predictions.parquet",
     "submission.csv", "checkpoint", "report.html",
@@ -29,9 +31,10 @@ RUN_FILES = {
 
 def train_on(num_workers: int, config: TrainConfig, run) -> Trained:
     dataset = load_dataset(config.data, config.seed)
+    dataset, _, digests = check_dataset(dataset, False)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     plan = Plan(num_workers, "cpu", 1, "test")
-    return fit(config, dataset, weights, preprocessing_of(weights.backbone, config.image_size), plan, run)
+    return fit(config, dataset, digests, weights, preprocessing_of(weights.backbone, config.image_size), plan, run)
 
 
 def assert_same(one: Trained, other: Trained, tolerance: float) -> None:
@@ -93,8 +96,8 @@ def test_two_workers_predict_what_one_process_predicts(folder, tmp_path, local_r
     trained = train_on(0, replace(CONFIG, data=str(folder)), tmp_path)
     bundle = Bundle("resnet18", ("cleaned", "dirty"), preprocessing_of("resnet18", 32), trained.state, {})
     dataset = load_test_split(str(folder), 0)
-    here = predict(bundle, dataset.source, dataset.test, Plan(0, "cpu", 2, "test"))
-    on_ray = predict(bundle, dataset.source, dataset.test, Plan(2, "cpu", 1, "test"))
+    here = predict(bundle, dataset.source, dataset.test, Plan(0, "cpu", 2, "test"), "fp32")
+    on_ray = predict(bundle, dataset.source, dataset.test, Plan(2, "cpu", 1, "test"), "fp32")
     pd.testing.assert_frame_equal(here.table, on_ray.table, atol=1e-5)
     assert list(here.table["path"]) == [f"test/{i}.jpg" for i in range(7)]
     assert here.skipped == on_ray.skipped
@@ -198,9 +201,9 @@ def test_the_packaged_weights_are_in_the_right_places(photos, tmp_path):
 def test_a_worker_that_cannot_read_the_data_is_named(folder, tmp_path, local_ray):
     from plates.config import UserError
 
-    dataset = load_dataset(str(folder), 0)
+    dataset, _, digests = check_dataset(load_dataset(str(folder), 0), False)
     (folder / "train" / "dirty" / "1.png").unlink()
     weights = resolve_weights("resnet18", "none", 0)
     with pytest.raises(UserError, match="a worker cannot read an image"):
-        fit(replace(CONFIG, data=str(folder)), dataset, weights, preprocessing_of("resnet18", 32),
-            Plan(2, "cpu", 1, "test"), tmp_path)  # fmt: skip
+        fit(replace(CONFIG, data=str(folder)), dataset, digests, weights,
+            preprocessing_of("resnet18", 32), Plan(2, "cpu", 1, "test"), tmp_path)  # fmt: skip

@@ -5,7 +5,7 @@ import pytest
 from plates.config import PredictConfig, TrainConfig, UserError, run_job
 
 DATA = {"data", "out", "skip_unreadable"}
-WORKER = {"num_workers", "device"}
+WORKER = {"num_workers", "device", "precision"}
 MODEL = {
     "backbone", "weights", "trainable", "epochs", "lr", "step_size", "gamma", "global_batch_size", "image_size",
     "seed", "num_views",

@@ -110,7 +110,7 @@ def test_a_bundle_alone_is_enough_to_predict(tmp_path):
     loaded = load_bundle(tmp_path)
     assert (loaded.classes, loaded.preprocessing, loaded.info["seed"]) == (("a", "b"), preprocessing, 1)
     images = torch.randn(2, 3, 64, 64)
-    again = build_model(loaded, torch.device("cpu"))
+    again = build_model(loaded)
     assert torch.allclose(again(images), classifier(images), atol=1e-5)
 
 

@@ -1,0 +1,182 @@
+"""A frozen trunk computed once: the same head as end to end, and never a stale feature."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import write_picture
+from test_train import CONFIG, assert_same, train_on
+
+from plates import train_loop
+from plates.checkpoint import Bundle
+from plates.cluster import Plan
+from plates.dataset import check_dataset, load_dataset
+from plates.features import Features, FrozenTrunk, compute_eval, compute_views, load_features, save_features
+from plates.head import HeadSettings, fit_heads
+from plates.model import build_trunk, fold_batch_norm, preprocessing_of, resolve_precision, resolve_weights
+from plates.predict import predict
+from plates.timing import Phases
+from plates.train_loop import Task, Worker, build_classifier, train_end_to_end
+
+CPU = torch.device("cpu")
+REAL = replace(CONFIG, backbone="efficientnet_lite0", weights="imagenet", image_size=224, global_batch_size=8)
+
+
+def train_whole_loop(config, tmp_path):
+    """The end-to-end loop with only the head trainable: every view through the trunk at every step."""
+    dataset, _, digests = check_dataset(load_dataset(config.data, config.seed), False)
+    weights = resolve_weights(config.backbone, config.weights, config.seed)
+    preprocessing = preprocessing_of(weights.backbone, config.image_size)
+    task = Task(config, dataset, weights, preprocessing, digests, tmp_path, 0.0)
+    model = build_classifier(weights.backbone, weights.state, len(dataset.classes), config.seed)
+    worker = Worker(0, 1, CPU, is_ray=False)
+    fitted = train_end_to_end(task, worker, model, torch.float32, Phases())
+    return model, fitted
+
+
+@pytest.mark.parametrize("num_views", [None, 2])
+def test_the_head_from_features_is_the_head_end_to_end(num_views, folder, tmp_path):
+    config = replace(CONFIG, data=str(folder), epochs=3, num_views=num_views)
+    model, fitted = train_whole_loop(config, tmp_path)
+    trained = train_on(0, config, tmp_path)
+    assert torch.allclose(trained.val_logits, fitted.val_logits, atol=1e-4)
+    assert torch.allclose(trained.state["head.weight"], model.head.weight, atol=1e-4)
+    for mine, theirs in zip(trained.history, fitted.history, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+
+
+def test_on_the_real_photos_too(photos, tmp_path):
+    config = replace(
+        CONFIG,
+        data=str(photos),
+        backbone="efficientnet_lite0",
+        weights="imagenet",
+        image_size=224,
+        global_batch_size=8,
+    )
+    _, fitted = train_whole_loop(config, tmp_path)
+    trained = train_on(0, config, tmp_path)
+    assert torch.allclose(trained.val_logits, fitted.val_logits, atol=1e-4)
+
+
+def test_features_are_stored_and_reused(folder, tmp_path, local_ray):
+    config = replace(CONFIG, data=str(folder))
+    one, again = train_on(0, config, tmp_path), train_on(0, config, tmp_path)
+    assert (one.has_reused_features, again.has_reused_features) == (False, True)
+    assert_same(one, again, tolerance=0)
+    assert train_on(2, config, tmp_path).has_reused_features
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"num_views": 1}, {"image_size": 40}, {"precision": "bf16"}, {"backbone": "resnet34"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_changed_setting_is_never_served_stale(change, folder, tmp_path):
+    config = replace(CONFIG, data=str(folder))
+    train_on(0, config, tmp_path)
+    assert not train_on(0, replace(config, **change), tmp_path).has_reused_features
+
+
+def test_what_the_head_alone_depends_on_does_reuse(folder, tmp_path):
+    config = replace(CONFIG, data=str(folder))
+    train_on(0, config, tmp_path)
+    assert train_on(
+        0, replace(config, lr=0.1, gamma=0.5, step_size=1, global_batch_size=3), tmp_path
+    ).has_reused_features
+
+
+def test_a_changed_file_or_weight_is_never_served_stale(folder, tmp_path):
+    whole = train_loop.build_classifier("resnet18", build_trunk("resnet18")[0].state_dict(), 2, 0).trunk.state_dict()
+    torch.save(whole, tmp_path / "weights.pth")
+    config = replace(CONFIG, data=str(folder), weights=str(tmp_path / "weights.pth"))
+    train_on(0, config, tmp_path)
+    write_picture(folder / "train" / "dirty" / "1.png", seed=999, height=56, width=41)
+    assert not train_on(0, config, tmp_path).has_reused_features
+    whole["conv1.weight"][0, 0, 0, 0] += 1
+    torch.save(whole, tmp_path / "weights.pth")
+    assert not train_on(0, config, tmp_path).has_reused_features
+
+
+def test_a_damaged_file_of_features_is_computed_again(folder, tmp_path, own_cache):
+    config = replace(CONFIG, data=str(folder))
+    one = train_on(0, config, tmp_path)
+    (stored,) = (own_cache / "features").iterdir()
+    stored.write_bytes(stored.read_bytes()[:1000])
+    again = train_on(0, config, tmp_path)
+    assert not again.has_reused_features
+    assert_same(one, again, tolerance=0)
+
+
+def test_stored_features_come_back_exactly(tmp_path):
+    path = tmp_path / "features.parquet"
+    features = Features(torch.randn(2, 5, 7), torch.randn(3, 7))
+    save_features(path, features)
+    loaded = load_features(path, 2, 5, 3)
+    assert loaded is not None
+    assert torch.equal(loaded.train, features.train)
+    assert torch.equal(loaded.val, features.val)
+    assert load_features(path, 2, 5, 4) is None
+    assert load_features(tmp_path / "other", 2, 5, 3) is None
+
+
+@pytest.mark.parametrize("num_views", [1, 5, 40])
+def test_each_image_gets_its_own_rows_whatever_the_batches(num_views, folder):
+    """Views fill batches of 32 across images; rows must come back to the image that they are of."""
+    dataset = load_dataset(str(folder), 0)
+    trunk = FrozenTrunk(build_trunk("resnet18")[0], preprocessing_of("resnet18", 32), CPU, torch.float32)
+    rows = list(compute_views(trunk, dataset.source, dataset.train, 0, num_views))
+    assert [row.shape for row in rows] == [(num_views, 512)] * 13
+    for index in (0, 6, 12):
+        (alone,) = compute_views(trunk, dataset.source, dataset.train[index : index + 1], 0, num_views)
+        assert torch.allclose(rows[index], alone, atol=1e-4)
+    assert len(list(compute_eval(trunk, dataset.source, dataset.val))) == 4
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "efficientnet_lite0"])
+def test_folded_batch_norm_changes_nothing(backbone):
+    trunk = build_trunk(backbone)[0].eval()
+    for module in trunk.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        before = trunk(images)
+        folded = fold_batch_norm(trunk)
+        after = folded(images)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    assert (before - after).abs().max() < 1e-4 * before.abs().max().clamp_min(1)
+
+
+def test_automatic_precision_keeps_the_predictions_of_the_real_photos(photos, tmp_path):
+    """Trained and applied in one precision; in bf16 only where the CPU has it."""
+    config = replace(CONFIG, data=str(photos), image_size=224, num_views=1, epochs=20)
+    dataset = load_dataset(str(photos), 0)
+    preprocessing = preprocessing_of("resnet18", 224)
+    labels = []
+    for precision in ("fp32", "auto"):
+        trained = train_on(0, replace(config, precision=precision), tmp_path)
+        bundle = Bundle("resnet18", dataset.classes, preprocessing, trained.state, {})
+        samples = dataset.test[::2]
+        labels.append(predict(bundle, dataset.source, samples, Plan(0, "cpu", 2, "test"), precision).table["label"])
+    assert (labels[0] != labels[1]).mean() <= 1 / 200
+
+
+def test_automatic_precision_spares_the_sensitive_backbone():
+    assert resolve_precision("auto", CPU, "efficientnet_lite0") == torch.float32
+    assert resolve_precision("bf16", CPU, "efficientnet_lite0") == torch.bfloat16
+    assert resolve_precision("auto", CPU, "resnet18") in (torch.bfloat16, torch.float32)
+
+
+def test_fitting_heads_does_not_depend_on_stored_layout():
+    features = torch.randn(2, 6, 4)
+    labels = torch.tensor([0, 1, 0, 1, 0, 1])
+    one = [HeadSettings(lr=0.1, step_size=1, gamma=1.0, indices=range(6))]
+    strided = features.transpose(0, 1).contiguous().transpose(0, 1)
+    fitted = [
+        fit_heads(x, labels, one, (torch.zeros(2, 4), torch.zeros(2)), epochs=2, global_batch_size=4, seed=0)
+        for x in (features, strided)
+    ]
+    assert torch.equal(fitted[0].weight, fitted[1].weight)

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from plates.head import HeadSettings, epoch_order, fit_heads
+
+V, N, F, C, EPOCHS, BATCH = 3, 13, 10, 3, 12, 4
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(V, N, F, generator=generator)
+    labels = torch.randint(0, C, (N,), generator=generator)
+    initial = (torch.randn(C, F, generator=generator) * 0.1, torch.zeros(C))
+    return features, labels, initial
+
+
+def fit_with_torch_optim(features, labels, initial, settings: HeadSettings, seed: int):
+    """The plain loop that one head must equal."""
+    head = nn.Linear(F, C)
+    head.load_state_dict({"weight": initial[0], "bias": initial[1]})
+    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, settings.step_size, settings.gamma)
+    indices = torch.tensor(list(settings.indices))
+    losses = []
+    for epoch in range(EPOCHS):
+        order = indices[torch.tensor(epoch_order(seed, epoch, len(indices)))]
+        total = 0.0
+        for batch in order.split(BATCH):
+            loss = cross_entropy(head(features[epoch % V][batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+        scheduler.step()
+        losses.append(total / len(indices))
+    return head, losses
+
+
+def test_many_heads_equal_torch_optim_one_by_one():
+    """Differing schedules and folds; folds of 13, 9 and 5 images do not step equally often."""
+    features, labels, initial = data()
+    settings = [
+        HeadSettings(lr=1e-2, step_size=4, gamma=0.1, indices=range(N)),
+        HeadSettings(lr=0.1, step_size=1, gamma=0.9, indices=[0, 2, 4, 6, 8, 10, 12, 1, 3]),
+        HeadSettings(lr=1e-3, step_size=100, gamma=1.0, indices=[5, 7, 9, 11, 12]),
+    ]
+    heads = fit_heads(features, labels, settings, initial, epochs=EPOCHS, global_batch_size=BATCH, seed=3)
+    for index, one in enumerate(settings):
+        head, losses = fit_with_torch_optim(features, labels, initial, one, seed=3)
+        assert (heads.weight[index] - head.weight).abs().max() < 1e-5
+        assert (heads.bias[index] - head.bias).abs().max() < 1e-5
+        assert [float(loss[index]) for loss in heads.train_loss] == pytest.approx(losses, abs=1e-5)
+
+
+def test_one_head_is_the_case_of_one():
+    features, labels, initial = data()
+    one = HeadSettings(lr=1e-2, step_size=4, gamma=0.5, indices=range(N))
+    other = HeadSettings(lr=1.0, step_size=1, gamma=1.0, indices=range(5))
+    alone = fit_heads(features, labels, [one], initial, epochs=EPOCHS, global_batch_size=BATCH, seed=0)
+    beside = fit_heads(features, labels, [other, one], initial, epochs=EPOCHS, global_batch_size=BATCH, seed=0)
+    assert torch.allclose(alone.weight[0], beside.weight[1], atol=1e-6)
+
+
+def test_evaluation_scores_every_epoch():
+    features, labels, initial = data()
+    one = HeadSettings(lr=1e-2, step_size=4, gamma=0.5, indices=range(N))
+    heads = fit_heads(
+        features, labels, [one], initial, epochs=2, global_batch_size=BATCH, seed=0, evaluation=(features[0], labels)
+    )
+    logits = heads.logits(features[0])[0]
+    assert float(heads.eval_loss[-1][0]) == pytest.approx(float(cross_entropy(logits, labels)), abs=1e-6)
+    assert float(heads.eval_accuracy[-1][0]) == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert len(heads.eval_loss) == 2

@@ -112,6 +112,28 @@ class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneConfig(TrainConfig):
+    """Sweep lr, step_size and gamma by cross-validation, retrain the winner on all labelled images, report.
+
+    The published schedule is always among the trials, as the baseline:
+    plates tune --data PHOTOS --out runs/sweep
+    """
+
+    num_trials: int = 64
+    """Schedules tried, the baseline included."""
+    folds: int = 5
+    """Folds of the stratified cross-validation."""
+    cv_repeats: int = 4
+    """Repetitions of the cross-validation, each with other folds."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require("--num-trials", self.num_trials, self.num_trials >= 1, "must be at least 1")
+        require("--folds", self.folds, self.folds >= 2, "must be at least 2")
+        require("--cv-repeats", self.cv_repeats, self.cv_repeats >= 1, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictConfig(WorkerConfig, DataConfig):
     """Predict a test split, or a plain folder of images, from a checkpoint alone."""
 

@@ -332,6 +332,12 @@ def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, lis
     return replace(dataset, train=train, val=val), skipped, digests
 
 
+def merge_labelled(dataset: Dataset) -> Dataset:
+    """Both splits with all labelled images: cross-validation draws its own splits."""
+    labelled = tuple(sorted((*dataset.train, *dataset.val), key=lambda sample: sample.path))
+    return replace(dataset, train=labelled, val=labelled)
+
+
 def image_ids(paths: Iterable[str]) -> list[str]:
     """The stem of each path; where stems collide, the path without suffix; where those do, the path."""
     listed = list(paths)

@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,50 +13,76 @@ from plates.config import TrainConfig, UserError
 from plates.dataset import Dataset, UnreadableImageError
 from plates.features import cache_root
 from plates.model import Weights
-from plates.train_loop import Task, Trained, Worker, train, train_loop_per_worker
+from plates.rundir import versions
+from plates.train_loop import run_on_worker
+from plates.train_loop.group import Worker
+from plates.train_loop.task import Task
 from plates.transforms import Preprocessing
 
+ResultT = TypeVar("ResultT")
 STATE_FOLDER = ".ray_train"  # Ray Train's own bookkeeping inside the run directory, gone when the run is done
 
 
-def fit(
+def make_task(
     config: TrainConfig,
     dataset: Dataset,
     digests: dict[str, str],
     weights: Weights,
     preprocessing: Preprocessing,
-    plan: Plan,
-    run: Path,
-) -> Trained:
-    """Trains by the plan, in this process or on Ray workers; both run the same loop.
+) -> Task:
+    """What the workers are told; start-up is counted from here."""
+    return Task(config, dataset, weights, preprocessing, digests, cache_root(), time.time())
+
+
+def describe(task: Task, plan: Plan) -> dict[str, Any]:
+    """What a run resolved its settings to: for config.json, the checkpoint and the report."""
+    config, dataset = task.config, task.dataset
+    return {
+        "backbone": task.weights.backbone,
+        "backbone_reason": task.weights.reason,
+        "weights_source": task.weights.source,
+        "seed": config.seed,
+        "num_views": config.num_views or config.epochs,
+        "num_workers": plan.num_workers,
+        "device": plan.device,
+        "plan": plan.line,
+        "classes": list(dataset.classes),
+        "num_images": {"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)},
+        "versions": versions(),
+        "notes": [] if dataset.test else ["The data set has no test split: nothing was predicted."],
+    }
+
+
+def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan, run: Path) -> ResultT:
+    """Runs a loop by the plan, in this process or on Ray workers, and returns what rank 0 returns.
 
     Raises: UserError where a worker cannot read an image that the driver could.
     """
-    task = Task(config, dataset, weights, preprocessing, digests, cache_root(), time.time())
     try:
         if plan.num_workers == 0:
             torch.set_num_threads(plan.cpus_per_worker)
-            trained = train(task, Worker(0, 1, torch.device(plan.device), is_ray=False))
+            result = loop(task, Worker(0, 1, torch.device(plan.device), is_ray=False))
         else:
-            trained = fit_on_ray(task, plan, run)
+            result = run_on_ray(loop, task, plan, run)
     except UnreadableImageError as error:
         raise UserError(
-            f"--data {config.data}: a worker cannot read an image ({error}); the data must be readable on every node"
+            f"--data {task.config.data}: a worker cannot read an image ({error}); "
+            "the data must be readable on every node"
         ) from error
-    assert trained is not None, "rank 0 returns the result"
-    return trained
+    assert result is not None, "rank 0 returns the result"
+    return result
 
 
-def fit_on_ray(task: Task, plan: Plan, run: Path) -> Trained | None:
-    """Runs the loop on a group of Ray workers. Weights and data set go through the object store, once a node."""
+def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan, run: Path) -> ResultT | None:
+    """The loop on a group of Ray workers. Weights and data set go through the object store, once a node."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.device == "cuda" else {})
     trainer = TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={"task": ray.put(task)},
+        run_on_worker,
+        train_loop_config={"loop": loop, "task": ray.put(task)},
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.device == "cuda", resources_per_worker=resources
         ),

@@ -5,6 +5,7 @@ import sys
 
 JOBS = {
     "train": "train, predict the test split, report",
+    "tune": "sweep lr and StepLR, retrain the winner, report",
     "predict": "batch inference from a checkpoint",
 }
 

@@ -18,8 +18,10 @@ def train(config: TrainConfig) -> int:
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
     from plates.report import summary_table, write_report
     from plates.timing import Phases, process_age_s, timing_table
-    from plates.train_loop import draw_examples, labels_of
-    from plates.trainer import fit
+    from plates.train_loop import draw_examples
+    from plates.train_loop import train as train_on_worker
+    from plates.train_loop.group import labels_of
+    from plates.trainer import describe, make_task, run_loop
 
     run = rundir.find_run(config.out, "train", config)
     phases = Phases()
@@ -28,26 +30,14 @@ def train(config: TrainConfig) -> int:
     plan = cluster.plan_job(config.num_workers, config.device)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    resolved = {
-        "backbone": weights.backbone,
-        "backbone_reason": weights.reason,
-        "weights_source": weights.source,
-        "seed": config.seed,
-        "num_views": config.num_views or config.epochs,
-        "num_workers": plan.num_workers,
-        "device": plan.device,
-        "plan": plan.line,
-        "classes": list(dataset.classes),
-        "num_images": {"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)},
-        "versions": rundir.versions(),
-        "notes": [] if dataset.test else ["The data set has no test split: nothing was predicted."],
-    }
+    task = make_task(config, dataset, digests, weights, preprocessing)
+    resolved = describe(task, plan)
     rundir.claim_run(run, "train", config, resolved)
     print("\n".join([weights.reason, plan.line, *resolved["notes"]]), flush=True)
 
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     with phases.measure("fit"):
-        trained = fit(config, dataset, digests, weights, preprocessing, plan, run)
+        trained = run_loop(train_on_worker, task, plan, run)
     figures = {key: trained.history[-1][key] for key in ("train/loss", "train/accuracy")}
     figures |= score(trained.val_logits, labels_of(dataset.val), dataset.classes, "val")
     bundle = Bundle(weights.backbone, dataset.classes, preprocessing, trained.state, {**resolved, "metrics": figures})

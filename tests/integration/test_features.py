@@ -7,16 +7,24 @@ import torch
 from conftest import write_picture
 from test_train import CONFIG, assert_same, train_on
 
-from plates import train_loop
 from plates.checkpoint import Bundle
 from plates.cluster import Plan
 from plates.dataset import check_dataset, load_dataset
 from plates.features import Features, FrozenTrunk, compute_eval, compute_views, load_features, save_features
 from plates.head import HeadSettings, fit_heads
-from plates.model import build_trunk, fold_batch_norm, preprocessing_of, resolve_precision, resolve_weights
+from plates.model import (
+    build_classifier,
+    build_trunk,
+    fold_batch_norm,
+    preprocessing_of,
+    resolve_precision,
+    resolve_weights,
+)
 from plates.predict import predict
 from plates.timing import Phases
-from plates.train_loop import Task, Worker, build_classifier, train_end_to_end
+from plates.train_loop.end_to_end import train_end_to_end
+from plates.train_loop.group import Worker
+from plates.trainer import make_task
 
 CPU = torch.device("cpu")
 REAL = replace(CONFIG, backbone="efficientnet_lite0", weights="imagenet", image_size=224, global_batch_size=8)
@@ -27,7 +35,7 @@ def train_whole_loop(config, tmp_path):
     dataset, _, digests = check_dataset(load_dataset(config.data, config.seed), False)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    task = Task(config, dataset, weights, preprocessing, digests, tmp_path, 0.0)
+    task = make_task(config, dataset, digests, weights, preprocessing)
     model = build_classifier(weights.backbone, weights.state, len(dataset.classes), config.seed)
     worker = Worker(0, 1, CPU, is_ray=False)
     fitted = train_end_to_end(task, worker, model, torch.float32, Phases())
@@ -87,7 +95,7 @@ def test_what_the_head_alone_depends_on_does_reuse(folder, tmp_path):
 
 
 def test_a_changed_file_or_weight_is_never_served_stale(folder, tmp_path):
-    whole = train_loop.build_classifier("resnet18", build_trunk("resnet18")[0].state_dict(), 2, 0).trunk.state_dict()
+    whole = build_classifier("resnet18", build_trunk("resnet18")[0].state_dict(), 2, 0).trunk.state_dict()
     torch.save(whole, tmp_path / "weights.pth")
     config = replace(CONFIG, data=str(folder), weights=str(tmp_path / "weights.pth"))
     train_on(0, config, tmp_path)

@@ -15,8 +15,10 @@ from plates.dataset import check_dataset, load_dataset, load_test_split
 from plates.metrics import score
 from plates.model import preprocessing_of, resolve_weights
 from plates.predict import predict
-from plates.train_loop import Trained, labels_of
-from plates.trainer import fit
+from plates.train_loop import train
+from plates.train_loop.group import labels_of
+from plates.train_loop.task import Trained
+from plates.trainer import make_task, run_loop
 from ray_jobs import predict as predict_job
 from ray_jobs import train as train_job
 
@@ -34,7 +36,8 @@ def train_on(num_workers: int, config: TrainConfig, run) -> Trained:
     dataset, _, digests = check_dataset(dataset, False)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     plan = Plan(num_workers, "cpu", 1, "test")
-    return fit(config, dataset, digests, weights, preprocessing_of(weights.backbone, config.image_size), plan, run)
+    preprocessing = preprocessing_of(weights.backbone, config.image_size)
+    return run_loop(train, make_task(config, dataset, digests, weights, preprocessing), plan, run)
 
 
 def assert_same(one: Trained, other: Trained, tolerance: float) -> None:
@@ -204,6 +207,6 @@ def test_a_worker_that_cannot_read_the_data_is_named(folder, tmp_path, local_ray
     dataset, _, digests = check_dataset(load_dataset(str(folder), 0), False)
     (folder / "train" / "dirty" / "1.png").unlink()
     weights = resolve_weights("resnet18", "none", 0)
+    task = make_task(replace(CONFIG, data=str(folder)), dataset, digests, weights, preprocessing_of("resnet18", 32))
     with pytest.raises(UserError, match="a worker cannot read an image"):
-        fit(replace(CONFIG, data=str(folder)), dataset, digests, weights,
-            preprocessing_of("resnet18", 32), Plan(2, "cpu", 1, "test"), tmp_path)  # fmt: skip
+        run_loop(train, task, Plan(2, "cpu", 1, "test"), tmp_path)

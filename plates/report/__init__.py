@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,10 @@ import jinja2
 import numpy as np
 import pandas as pd
 from PIL import Image
+
+from plates.report.plots import draw_lines
+from plates.report.sweep import show_sweep
+from plates.rundir import write_whole
 
 
 @dataclass
@@ -42,6 +45,7 @@ def write_report(
     # A later job adds a function here, and a macro of the section's name to the template.
     sections = [
         show_timing(files),
+        show_sweep(run, files.metrics),
         show_curves(files),
         show_scores(files),
         show_predictions(files, read_image),
@@ -49,9 +53,9 @@ def write_report(
         show_skipped(files),
         {"name": "settings"} if files.config else None,
     ]
-    target, part = run / "report.html", run / ".report.html.part"
-    part.write_text(render_page(files, [section for section in sections if section]), encoding="utf-8")
-    return part.replace(target)
+    page = render_page(files, [section for section in sections if section])
+    write_whole(run / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+    return run / "report.html"
 
 
 def summary_table(run: Path) -> str:
@@ -183,42 +187,12 @@ def show_curves(files: RunFiles) -> dict[str, Any] | None:
 
 def draw_curves(history: pd.DataFrame, title: str, columns: list[str], height: float) -> dict[str, str]:
     """Draw columns over the epochs, 3.5 x `height` inches, as inline SVG with its alt text; {} if all NaN."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    # Colours that no plot would use: the page's style sheet gives each its light and its dark value.
-    themes = {"#000001": "--muted", "#000002": "--line", "#000003": "--train", "#000004": "--accent"}
-    muted, line, train, accent = themes
-    styles = {"train": (train, "--"), "val": (accent, "-"), "lr": (muted, "-")}
-    epochs, spoken, buffer = read_numbers(history, "epoch"), [], io.StringIO()
-    with rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": title, "axes.edgecolor": line}):
-        figure = Figure(figsize=(3.5, height), layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
-        for column in columns:
-            label, values = column.split("/")[0], read_numbers(history, column)
-            finite = values[np.isfinite(values)]
-            if finite.size:
-                (colour, dash), dot = styles[label], "o" if len(values) <= 30 else ""
-                axes.plot(epochs, values, dot + dash, color=colour, linewidth=1.6, markersize=3, label=label)
-                spoken.append(f"{label} from {finite[0]:.4g} to {finite[-1]:.4g}")
-        if not spoken:
-            return {}
-        axes.set_title(title, loc="left", fontsize=10, color=muted)
-        axes.set_xlabel("epoch", color=muted)
-        axes.locator_params(axis="x", integer=True, nbins=6)
-        axes.locator_params(axis="y", nbins=5 if height > 2 else 2)
-        axes.grid(axis="y", color=line, linewidth=0.8)
-        axes.tick_params(colors=muted, length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        if len(columns) > 1:
-            axes.legend(frameon=False, labelcolor="linecolor")
-        figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
-    # Several drawings share one page, where group ids and matplotlib's rule for `*` would collide.
-    waste = r"""<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>| xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*["]"""
-    svg = re.sub(waste, "", svg, flags=re.DOTALL)
-    svg = re.sub("|".join(themes), lambda colour: f"var({themes[colour[0]]})", svg)
-    return {"svg": svg, "alt": f"{title} over {len(epochs)} epochs: {'; '.join(spoken)}"}
+    styles = {"train": ("train", "--"), "val": ("accent", "-"), "lr": ("muted", "-")}
+    epochs = read_numbers(history, "epoch")
+    lines = [
+        (column.split("/")[0], *styles[column.split("/")[0]], read_numbers(history, column)) for column in columns
+    ]
+    return draw_lines(epochs, lines, title, "epoch", height)
 
 
 def show_scores(files: RunFiles) -> dict[str, Any] | None:

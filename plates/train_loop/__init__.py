@@ -1,0 +1,84 @@
+"""What runs on each worker: the ways of training, and what the group hands back."""
+
+import socket
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from plates.dataset import Dataset
+from plates.features import Features
+from plates.model import build_classifier, dtype_name, resolve_precision
+from plates.timing import Phases, device_name, rate
+from plates.train_loop.end_to_end import train_end_to_end
+from plates.train_loop.frozen import shared_features, train_head
+from plates.train_loop.group import Worker, gather, shard
+from plates.train_loop.task import Task, Trained
+from plates.transforms import Preprocessing, draw_view, to_picture, train_batch
+
+
+def run_on_worker(config: dict[str, Any]) -> Any:
+    """The function that Ray Train calls on each worker: rank 0's return value is the run's result."""
+    import ray
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), is_ray=True)
+    return config["loop"](ray.get(config["task"]), worker)
+
+
+def train(task: Task, worker: Worker) -> Trained | None:
+    """Trains on one worker of the group. Every worker takes part; rank 0 returns the result, the others None."""
+    startup_s = time.time() - task.submitted_at
+    phases = Phases(worker.device)
+    dtype = resolve_precision(task.config.precision, worker.device, task.weights.backbone)
+    model = build_classifier(task.weights.backbone, task.weights.state, len(task.dataset.classes), task.config.seed)
+    way = train_head if task.config.trainable == "head" else train_end_to_end
+    fitted = way(task, worker, model, dtype, phases)
+    timings = gather(time_worker(worker, startup_s, phases, fitted.num_images))
+    if worker.rank:
+        return None
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    return Trained(state, fitted.history, fitted.val_logits, timings, dtype_name(dtype), fitted.has_reused_features)
+
+
+def compute_features(task: Task, worker: Worker) -> tuple[Features, list[dict[str, Any]], str] | None:
+    """The trunk's features alone, for many heads; rank 0 returns them, a timing row a worker, the precision."""
+    startup_s = time.time() - task.submitted_at
+    phases = Phases(worker.device)
+    dtype = resolve_precision(task.config.precision, worker.device, task.weights.backbone)
+    model = build_classifier(task.weights.backbone, task.weights.state, len(task.dataset.classes), task.config.seed)
+    with phases.measure("train"):
+        features, _ = shared_features(task, worker, model, dtype)
+    num_images = len(shard(task.dataset.train, worker)) * (task.config.num_views or task.config.epochs)
+    timings = gather(time_worker(worker, startup_s, phases, num_images))
+    return (features, timings, dtype_name(dtype)) if features is not None else None
+
+
+def time_worker(worker: Worker, startup_s: float, phases: Phases, num_images: int) -> dict[str, Any]:
+    """This worker's row of timing.csv, without its prediction."""
+    return {
+        "rank": worker.rank,
+        "node": socket.gethostname(),
+        "device": worker.device.type,
+        "device_name": device_name(worker.device),
+        "startup_s": startup_s,
+        "data_s": phases.seconds["data"],
+        "train_s": phases.seconds["train"],
+        "train_images_per_sec": rate(num_images, phases.seconds["train"]),
+    }
+
+
+def draw_examples(
+    dataset: Dataset, preprocessing: Preprocessing, seed: int, num_examples: int = 16
+) -> list[tuple[np.ndarray, str]]:
+    """First views of training images spread over the split: (S, S, 3) uint8 as the model sees them, class name."""
+    step = max(1, len(dataset.train) // num_examples)
+    examples = []
+    for sample in dataset.train[::step][:num_examples]:
+        image = dataset.source.read(sample.path)
+        view = draw_view(seed, 0, sample.path, image.shape[1], image.shape[2])
+        model_input = train_batch([image], [view], preprocessing, torch.device("cpu"))[0]
+        examples.append((to_picture(model_input, preprocessing), dataset.classes[sample.label or 0]))
+    return examples

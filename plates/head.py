@@ -126,11 +126,15 @@ def adam_step(
     is_active: Tensor,
 ) -> None:
     """One step of Adam (Kingma and Ba 2015, as torch.optim computes it) for the active heads, in place."""
+    if not is_active.all():  # the last batch of an epoch: only heads with images left step
+        mine = is_active.nonzero()[:, 0]
+        parts = (parameter[mine], first[mine], second[mine])
+        adam_step(*parts, gradient[mine], lr[mine], num_steps[mine], is_active[mine])
+        for values, part in zip((parameter, first, second), parts, strict=True):
+            values[mine] = part
+        return
     shape = (-1, *[1] * (gradient.dim() - 1))
-    keep = is_active.view(shape)
-    torch.where(keep, first.lerp(gradient, 1 - BETA_1), first, out=first)
-    torch.where(keep, second * BETA_2 + gradient.square() * (1 - BETA_2), second, out=second)
-    steps = num_steps.clamp_min(1)
-    scale = (lr / (1 - BETA_1**steps)).view(shape)
-    root = second.sqrt() / (1 - BETA_2**steps).sqrt().view(shape) + EPSILON
-    torch.where(keep, parameter - scale * first / root, parameter, out=parameter)
+    first.lerp_(gradient, 1 - BETA_1)
+    second.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
+    root = second.sqrt().mul_((1 - BETA_2**num_steps).rsqrt().view(shape)).add_(EPSILON)
+    parameter.sub_(first.div(root).mul_((lr / (1 - BETA_1**num_steps)).view(shape)))

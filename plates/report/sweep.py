@@ -53,7 +53,7 @@ def draw_map(trials: pd.DataFrame) -> dict[str, str]:
         axes.scatter(trials["lr"], trials["step_size"], s=sizes, edgecolors=colours, facecolors=faces)
         axes.set_xscale("log")
         axes.set_ylabel("step_size", color=COLOURS["muted"])
-    best = trials.loc[trials["log_loss"].idxmin()]
+    best = trials.iloc[int(trials["log_loss"].to_numpy().argmin())]
     where = f"lr {best['lr']:.3g}, step_size {best['step_size']:.0f}"
     return {**drawn, "alt": f"map of {len(trials)} trials; the winner has {where}"}
 

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from plates.config import PredictConfig, TrainConfig, UserError, run_job
+from plates.config import PredictConfig, TrainConfig, TuneConfig, UserError, run_job
 
 DATA = {"data", "out", "skip_unreadable"}
 WORKER = {"num_workers", "device", "precision"}
@@ -14,7 +14,11 @@ MODEL = {
 
 @pytest.mark.parametrize(
     ("config_class", "flags"),
-    [(TrainConfig, DATA | WORKER | MODEL), (PredictConfig, DATA | WORKER | {"checkpoint"})],
+    [
+        (TrainConfig, DATA | WORKER | MODEL),
+        (TuneConfig, DATA | WORKER | MODEL | {"num_trials", "folds", "cv_repeats"}),
+        (PredictConfig, DATA | WORKER | {"checkpoint"}),
+    ],
 )
 def test_the_flags_are_these(config_class, flags):
     assert {field.name for field in dataclasses.fields(config_class)} == flags
@@ -63,3 +67,9 @@ def test_configs_are_frozen():
         config.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(UserError):
         dataclasses.replace(config, lr=-1.0)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--num-trials", "0"), ("--folds", "1"), ("--cv-repeats", "0")])
+def test_a_bad_size_of_a_sweep_is_one_line(flag, value, capsys):
+    assert run_job(lambda config: 0, TuneConfig, "plates tune", [flag, value]) == 2
+    assert capsys.readouterr().err.startswith(f"plates tune: {flag} {value}: must be")

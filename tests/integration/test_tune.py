@@ -1,0 +1,63 @@
+"""The sweep on real Ray Tune: files, and a sweep killed in the middle that goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from ray_jobs import tune as tune_job
+
+SMALL = [
+    "--data", "synthetic:24", "--backbone", "resnet18", "--weights", "none", "--image-size", "32", "--epochs", "4",
+    "--folds", "3", "--cv-repeats", "2", "--num-views", "2",
+]  # fmt: skip
+
+
+def test_a_sweep_writes_all_its_files(tmp_path, local_ray, capsys):
+    run = tmp_path / "run"
+    assert tune_job.main([*SMALL, "--num-trials", "5", "--out", str(run)]) == 0
+    trials = pd.read_csv(run / "trials.csv")
+    assert trials["trial"].tolist() == list(range(5))
+    assert trials["is_winner"].sum() == 1
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["winner/log_loss"] == pytest.approx(trials["log_loss"].min())
+    assert metrics["baseline/lr"] == 1e-3
+    assert len(pd.read_csv(run / "predictions.csv")) == 24
+    assert {path.name for path in (run / "checkpoint").iterdir()} == {"model.safetensors", "model.json"}
+    page = (run / "report.html").read_text()
+    assert f"{metrics['nested/log_loss']:.4f}" in page
+    assert "not distinguishable" in page
+    assert not (run / ".ray_tune").exists()
+
+
+def test_too_many_folds_are_one_line(tmp_path, capsys):
+    assert tune_job.main([*SMALL, "--folds", "12", "--out", str(tmp_path / "run")]) == 2
+    assert "--folds 12: the smallest class has 12 images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
+    """In processes of their own: killed once some trials are finished, then the same command again."""
+    environment = {**os.environ, "PLATES_CACHE": str(tmp_path / "cache")}
+    flags = [*SMALL, "--epochs", "100", "--num-trials", "60"]
+    command = [sys.executable, "-m", "ray_jobs.tune", *flags, "--out"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    process = subprocess.Popen([*command, str(run)], env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    deadline_s = time.monotonic() + 120
+    while len(list(run.glob(".ray_tune/*/result.json"))) < 10:
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "trials.csv").exists()
+    resumed = subprocess.run([*command, str(run)], env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    undisturbed = subprocess.run([*command, str(whole)], env=environment, capture_output=True, text=True)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    pd.testing.assert_frame_equal(pd.read_csv(run / "trials.csv"), pd.read_csv(whole / "trials.csv"), atol=1e-6)

@@ -1,5 +1,7 @@
 """Counts summed over images and workers, then divided: exact whatever the number of workers."""
 
+from math import nan
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,10 @@ def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def divide(sums: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy (0-1) from summed `batch_sums`."""
+    """Mean loss and accuracy (0-1) from summed `batch_sums`; not a number where there were no images."""
     loss_sum, num_correct, num_images = sums.tolist()
+    if not num_images:
+        return nan, nan
     return loss_sum / num_images, num_correct / num_images
 
 

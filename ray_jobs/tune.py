@@ -8,12 +8,14 @@ from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, TuneConfig, run_job
 
 def tune(config: TuneConfig) -> int:
     # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
-    from plates import cluster, rundir, sweep
+    from plates import cluster, rundir
     from plates.checkpoint import Bundle, save_bundle
     from plates.dataset import check_dataset, load_dataset, merge_labelled
     from plates.model import preprocessing_of, resolve_weights
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
     from plates.report import summary_table, write_report
+    from plates.sweep import run_sweep
+    from plates.sweep.scores import make_folds
     from plates.timing import Phases, process_age_s, timing_table
     from plates.train_loop import draw_examples
     from plates.trainer import describe, make_task
@@ -23,7 +25,7 @@ def tune(config: TuneConfig) -> int:
     with phases.measure("data"):
         dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
         dataset = merge_labelled(dataset)
-    folds = sweep.make_folds(dataset.train, config)
+    folds = make_folds(dataset.train, config)
     plan = cluster.plan_job(config.num_workers, config.device)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
@@ -34,15 +36,14 @@ def tune(config: TuneConfig) -> int:
 
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     with phases.measure("fit"):
-        swept = sweep.run_sweep(task, folds, plan, run)
-    bundle = Bundle(
-        weights.backbone, dataset.classes, preprocessing, swept.state, {**resolved, "metrics": swept.figures}
-    )
+        swept = run_sweep(task, folds, plan, run)
+    figures = swept.figures | {key: float(swept.history[key].iloc[-1]) for key in ("train/loss", "train/accuracy")}
+    bundle = Bundle(weights.backbone, dataset.classes, preprocessing, swept.state, {**resolved, "metrics": figures})
     save_bundle(run / "checkpoint", bundle)
 
     with phases.measure("inference"):
         predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
-    figures = swept.figures | score_predictions(predictions, dataset)
+    figures |= score_predictions(predictions, dataset)
     timing = timing_table(
         phases, plan.num_workers, swept.timings, predictions.timings, num_predicted=len(dataset.test)
     )

@@ -6,16 +6,9 @@ from torch.nn.functional import cross_entropy
 from plates.config import TuneConfig, UserError
 from plates.dataset import Sample
 from plates.head import HeadSettings, fit_heads
-from plates.sweep import (
-    PUBLISHED,
-    HeadSweep,
-    draw_schedules,
-    make_folds,
-    paired_difference,
-    score_schedule,
-    summarize,
-    tabulate_trials,
-)
+from plates.sweep import PUBLISHED, draw_schedules
+from plates.sweep.head_trials import HeadSweep, score_schedule
+from plates.sweep.scores import make_folds, paired_difference, summarize, tabulate_trials
 
 CONFIG = TuneConfig(epochs=5, folds=3, cv_repeats=2, num_trials=6)
 SAMPLES = [Sample(f"train/{i}.jpg", i % 2) for i in range(16)]

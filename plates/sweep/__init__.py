@@ -1,0 +1,115 @@
+"""The sweep: search space, trials, cross-validation, choice of the winner."""
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from plates.cluster import Plan
+from plates.config import TuneConfig
+from plates.head import HeadSettings, fit_heads
+from plates.model import build_classifier
+from plates.sweep.head_trials import HeadSweep, run_head_trials
+from plates.sweep.scores import Folds, summarize, tabulate_trials
+from plates.sweep.training_trials import run_training_trials
+from plates.sweep.tuner import STATE_FOLDER
+from plates.train_loop import compute_features, train
+from plates.train_loop.frozen import history_of
+from plates.train_loop.group import labels_of
+from plates.train_loop.task import Task
+from plates.trainer import run_loop
+
+LR_RANGE, GAMMA_RANGE = (1e-4, 3e-2), (0.05, 1.0)
+PUBLISHED = {"lr": 1e-3, "step_size": 7, "gamma": 0.1}
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The sweep's outcome: trials.csv, flat figures, and the winner retrained beside the baseline."""
+
+    trials: pd.DataFrame
+    figures: dict[str, float | int]
+    state: dict[str, Tensor]
+    history: pd.DataFrame
+    baseline_history: pd.DataFrame
+    timings: list[dict[str, Any]]
+    precision: str
+
+
+def run_sweep(task: Task, folds: Folds, plan: Plan, run: Path) -> Swept:
+    """All trials by Ray Tune, then winner and baseline on all labelled images.
+
+    With a frozen trunk the plan's workers compute the features once and every trial fits heads on them; else a trial
+    is a training run of its own.
+    """
+    swept = (sweep_heads if task.config.trainable == "head" else sweep_training)(task, folds, plan, run)
+    shutil.rmtree(run / STATE_FOLDER, ignore_errors=True)
+    return swept
+
+
+def sweep_heads(task: Task, folds: Folds, plan: Plan, run: Path) -> Swept:
+    config = cast(TuneConfig, task.config)
+    features, timings, precision = run_loop(compute_features, task, plan, run)
+    weights = task.weights
+    model = build_classifier(weights.backbone, weights.state, len(task.dataset.classes), config.seed)
+    initial = (model.head.weight.detach(), model.head.bias.detach())
+    labels = labels_of(task.dataset.train)
+    schedules = draw_schedules(config)
+    start_s = time.perf_counter()
+    sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config)
+    results = run_head_trials(sweep, run)
+    trials = tabulate_trials(results, schedules)
+    winner = int(trials["is_winner"].to_numpy().argmax())
+    heads = fit_heads(
+        features.train,
+        labels,
+        [HeadSettings(**schedules[trial], indices=range(len(labels))) for trial in (winner, 0)],
+        initial,
+        epochs=config.epochs,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+    )
+    model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
+    histories = [pd.DataFrame(history_of(heads, head)) for head in (0, 1)]
+    timings[0]["train_s"] += time.perf_counter() - start_s  # rank 0 stands for the driver and its trials
+    figures = summarize(results, schedules, trials)
+    return Swept(trials, figures, model.state_dict(), histories[0], histories[1], timings, precision)
+
+
+def sweep_training(task: Task, folds: Folds, plan: Plan, run: Path) -> Swept:
+    schedules = draw_schedules(cast(TuneConfig, task.config))
+    start_s = time.perf_counter()
+    results = run_training_trials(task, folds, schedules, plan, run)
+    trials = tabulate_trials(results, schedules)
+    trials_s = time.perf_counter() - start_s
+    winner = int(trials["is_winner"].to_numpy().argmax())
+    whole = replace(task.dataset, val=())
+    retrained = [
+        run_loop(train, replace(task, config=replace(task.config, **schedules[trial]), dataset=whole), plan, run)
+        for trial in (winner, 0)
+    ]
+    timings = retrained[0].timings
+    timings[0]["train_s"] += trials_s + retrained[1].timings[0]["train_s"]
+    histories = [pd.DataFrame(trained.history) for trained in retrained]
+    figures = summarize(results, schedules, trials)
+    return Swept(trials, figures, retrained[0].state, histories[0], histories[1], timings, retrained[0].precision)
+
+
+def draw_schedules(config: TuneConfig) -> list[dict[str, Any]]:
+    """Trial 0 is the published schedule; the others are random: log-uniform lr, integer step_size, uniform gamma."""
+    draw = np.random.default_rng(config.seed)
+    schedules = [dict(PUBLISHED)]
+    for _ in range(config.num_trials - 1):
+        schedules.append(
+            {
+                "lr": float(np.exp(draw.uniform(*np.log(LR_RANGE)))),
+                "step_size": int(draw.integers(1, config.epochs + 1)),
+                "gamma": float(draw.uniform(*GAMMA_RANGE)),
+            }
+        )
+    return schedules

@@ -89,15 +89,17 @@ def sweep_training(task: Task, folds: Folds, plan: Plan, run: Path) -> Swept:
     trials_s = time.perf_counter() - start_s
     winner = int(trials["is_winner"].to_numpy().argmax())
     whole = replace(task.dataset, val=())
-    retrained = [
-        run_loop(train, replace(task, config=replace(task.config, **schedules[trial]), dataset=whole), plan, run)
-        for trial in (winner, 0)
-    ]
-    timings = retrained[0].timings
-    timings[0]["train_s"] += trials_s + retrained[1].timings[0]["train_s"]
-    histories = [pd.DataFrame(trained.history) for trained in retrained]
+    retrained = {
+        trial: run_loop(
+            train, replace(task, config=replace(task.config, **schedules[trial]), dataset=whole), plan, run
+        )
+        for trial in {winner, 0}
+    }
+    best = retrained[winner]
+    best.timings[0]["train_s"] = trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values())
+    histories = [pd.DataFrame(retrained[trial].history) for trial in (winner, 0)]
     figures = summarize(results, schedules, trials)
-    return Swept(trials, figures, retrained[0].state, histories[0], histories[1], timings, retrained[0].precision)
+    return Swept(trials, figures, best.state, histories[0], histories[1], best.timings, best.precision)
 
 
 def draw_schedules(config: TuneConfig) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,7 +42,7 @@ class Node:
     num_gpus: int
 
 
-def plan_job(num_workers: Literal["auto"] | int, device: str) -> Plan:
+def plan_job(num_workers: Literal["auto"] | int, device: str, cpus_per_worker: int | None = None) -> Plan:
     """Decides the workers of a job; connects to Ray, or starts it here, where workers are wanted.
 
     Raises: UserError for a device or a number of workers that is not there.
@@ -52,7 +52,14 @@ def plan_job(num_workers: Literal["auto"] | int, device: str) -> Plan:
         return plan_here(device, reason)
     start_ray()
     nodes = list_nodes()
-    return plan_workers(num_workers, device, nodes)
+    plan = plan_workers(num_workers, device, nodes)
+    if cpus_per_worker is None:
+        return plan
+    if cpus_per_worker > plan.cpus_per_worker:
+        raise UserError(
+            f"--cpus-per-worker {cpus_per_worker}: each of {plan.num_workers} workers can have {plan.cpus_per_worker}"
+        )
+    return replace(plan, cpus_per_worker=cpus_per_worker)
 
 
 def plan_here(device: str, reason: str) -> Plan:
@@ -157,3 +164,12 @@ def list_nodes() -> list[Node]:
         if any(node.num_cpus or node.num_gpus for node in nodes) or time.monotonic() > deadline_s:
             return nodes
         time.sleep(0.5)
+
+
+def count_devices() -> tuple[int, int]:
+    """(CPUs, GPUs) of the cluster of RAY_ADDRESS, else of this machine, where no Ray is started for it."""
+    if is_in_cluster():
+        start_ray()
+        nodes = list_nodes()
+        return sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+    return num_usable_cpus(), torch.cuda.device_count()

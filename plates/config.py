@@ -50,8 +50,12 @@ class WorkerConfig:
     """Where tensors live. auto: cuda where torch sees it."""
     precision: Precision = "auto"
     """Of the trunk. auto: bf16 where the device computes it, fp16 on older GPUs, else fp32."""
+    cpus_per_worker: int | None = None
+    """CPU cores of each Ray worker [default: an equal share of what there is]."""
 
     def __post_init__(self) -> None:
+        if self.cpus_per_worker is not None:
+            require("--cpus-per-worker", self.cpus_per_worker, self.cpus_per_worker >= 1, "must be at least 1")
         if self.num_workers != "auto":
             require("--num-workers", self.num_workers, self.num_workers >= 0, "must be auto, 0 or more")
         if self.precision == "fp16" and self.device == "cpu":
@@ -131,6 +135,35 @@ class TuneConfig(TrainConfig):
         require("--num-trials", self.num_trials, self.num_trials >= 1, "must be at least 1")
         require("--folds", self.folds, self.folds >= 2, "must be at least 2")
         require("--cv-repeats", self.cv_repeats, self.cv_repeats >= 1, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(ModelConfig, DataConfig):
+    """Run the same training and inference on each device and number of workers, as one table.
+
+    Every row is a process of its own with an empty cache, beside the published loop without Ray:
+    plates benchmark --data synthetic:2000 --num-views 2 --worker-counts 1 2
+    """
+
+    devices: tuple[Literal["cpu", "cuda"], ...] = ()
+    """Devices to compare [default: what there is]."""
+    worker_counts: tuple[int, ...] = ()
+    """Numbers of Ray workers [default: powers of two up to what there is]; one process without Ray comes on top."""
+    repeats: int = 3
+    """Runs of each row, in interleaved order."""
+    scaling: Literal["strong", "weak"] = "strong"
+    """strong: the same work on more workers; weak: the work grows with them (drawn plates only)."""
+    precision: Precision = "auto"
+    """Of the trunk, in all rows but the published loop, which is fp32."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        ModelConfig.__post_init__(self)
+        require("--repeats", self.repeats, self.repeats >= 1, "must be at least 1")
+        for count in self.worker_counts:
+            require("--worker-counts", count, count >= 1, "must be at least 1")
+        if self.scaling == "weak" and not self.data.startswith("synthetic"):
+            raise UserError(f"--scaling weak: needs --data synthetic:N, whose size can grow, not {self.data}")
 
 
 @dataclass(frozen=True, kw_only=True)

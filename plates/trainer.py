@@ -45,6 +45,7 @@ def describe(task: Task, plan: Plan) -> dict[str, Any]:
         "num_views": config.num_views or config.epochs,
         "num_workers": plan.num_workers,
         "device": plan.device,
+        "threads_per_worker": plan.cpus_per_worker,
         "plan": plan.line,
         "classes": list(dataset.classes),
         "num_images": {"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)},

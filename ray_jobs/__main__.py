@@ -7,6 +7,7 @@ JOBS = {
     "train": "train, predict the test split, report",
     "tune": "sweep lr and StepLR, retrain the winner, report",
     "predict": "batch inference from a checkpoint",
+    "benchmark": "the same work on each device and number of workers, as one table",
 }
 
 

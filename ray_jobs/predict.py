@@ -28,7 +28,7 @@ def run_prediction(config: PredictConfig) -> int:
         )
     if not dataset.test:
         raise UserError(f"--data {config.data}: has no test/ folder with images to predict")
-    plan = cluster.plan_job(config.num_workers, config.device)
+    plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker)
     resolved = {
         "backbone": bundle.backbone,
         "backbone_reason": bundle.info.get("backbone_reason", ""),

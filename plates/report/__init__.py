@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from plates.report.benchmark import show_benchmark
 from plates.report.plots import draw_lines
 from plates.report.sweep import show_sweep
 from plates.rundir import write_whole
@@ -46,6 +47,7 @@ def write_report(
     sections = [
         show_timing(files),
         show_sweep(run, files.metrics),
+        show_benchmark(run),
         show_curves(files),
         show_scores(files),
         show_predictions(files, read_image),

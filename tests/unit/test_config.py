@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from plates.config import PredictConfig, TrainConfig, TuneConfig, UserError, run_job
+from plates.config import BenchmarkConfig, PredictConfig, TrainConfig, TuneConfig, UserError, run_job
 
 DATA = {"data", "out", "skip_unreadable"}
-WORKER = {"num_workers", "device", "precision"}
+WORKER = {"num_workers", "device", "precision", "cpus_per_worker"}
 MODEL = {
     "backbone", "weights", "trainable", "epochs", "lr", "step_size", "gamma", "global_batch_size", "image_size",
     "seed", "num_views",
@@ -17,6 +17,7 @@ MODEL = {
     [
         (TrainConfig, DATA | WORKER | MODEL),
         (TuneConfig, DATA | WORKER | MODEL | {"num_trials", "folds", "cv_repeats"}),
+        (BenchmarkConfig, DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"}),
         (PredictConfig, DATA | WORKER | {"checkpoint"}),
     ],
 )

@@ -1,0 +1,217 @@
+"""Rows of a benchmark: each a training run in a process of its own; then medians, ratios and a model of them."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import nnls
+
+from plates.config import BenchmarkConfig, ModelConfig
+from plates.dataset import DEFAULT_NUM_SYNTHETIC
+
+PHASES = ["startup_s", "data_s", "train_s", "inference_s", "teardown_s", "total_s"]
+NUM_BASELINE_EPOCHS = 3
+BASELINE_SETTINGS = ("data", "backbone", "weights", "trainable", "image_size", "seed")
+MIN_COUNTS_TO_FIT = 4
+WORTHWHILE_GAIN = 0.1  # a doubling of the workers that saves less than this share of the time does not pay
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a device and a number of workers; 0 is one process without Ray."""
+
+    kind: str
+    device: str
+    num_workers: int
+
+    @property
+    def name(self) -> str:
+        if self.kind == "published":
+            return f"published loop, {self.device}"
+        where = "one process" if self.num_workers == 0 else f"{self.num_workers} Ray workers"
+        return f"{where}, {self.device}"
+
+
+def plan_rows(config: BenchmarkConfig, num_cpus: int, num_gpus: int) -> list[Row]:
+    """The published loop, then by device one process without Ray and the worker counts."""
+    devices = list(config.devices or (["cpu", "cuda"] if num_gpus else ["cpu"]))
+    rows = [Row("published", devices[0], 0)]
+    for device in devices:
+        most = num_gpus if device == "cuda" else num_cpus
+        counts = config.worker_counts or [2**power for power in range(max(1, most).bit_length())]
+        rows += [Row("plates", device, count) for count in sorted({0, *counts})]
+    return rows
+
+
+def measure_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, keep: Path) -> dict[str, Any]:
+    """One repeat of a row, in a new process and with an empty cache; its predictions are kept.
+
+    Returns: a row of benchmark.csv; where it cannot run here, one whose `reason` says why.
+    """
+    blank = {"row": row.name, "kind": row.kind, "device": row.device, "num_workers": row.num_workers}
+    with tempfile.TemporaryDirectory(dir=keep) as folder:
+        run = Path(folder) / "run"
+        environment = {**os.environ, "PLATES_CACHE": f"{folder}/cache"}
+        if row.kind == "published":
+            settings = {name: getattr(config, name) for name in BASELINE_SETTINGS}
+            settings |= {"device": row.device, "num_epochs": min(NUM_BASELINE_EPOCHS, config.epochs)}
+            command = [sys.executable, "-m", "plates.published", json.dumps(settings)]
+        else:
+            command = [sys.executable, "-m", "ray_jobs.train", "--out", str(run), "--device", row.device]
+            command += ["--num-workers", str(row.num_workers), *flags_of(config, row.num_workers)]
+            command += ["--cpus-per-worker", str(cpus_per_worker)] if row.num_workers and row.device == "cpu" else []
+        start_s = time.perf_counter()
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        wall_s = time.perf_counter() - start_s
+        if ended.returncode not in (0, 3):
+            said = (ended.stderr.strip() or "it said nothing").splitlines()
+            return {**blank, "reason": f"exit code {ended.returncode}: {said[-1]}"}
+        if row.kind == "published":
+            return blank | extrapolate(json.loads(ended.stdout.splitlines()[-1]), config, wall_s)
+        (run / "predictions.csv").replace(keep / "predictions.csv")
+        return blank | read_run(run, wall_s)
+
+
+def flags_of(config: BenchmarkConfig, num_workers: int) -> list[str]:
+    """The flags of the training run that the settings stand for; in weak scaling the data grows with the workers."""
+    base = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
+    base |= {"data": config.data, "precision": config.precision}
+    if config.scaling == "weak":
+        count = int(config.data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC)
+        base["data"] = f"synthetic:{count * max(1, num_workers)}"
+    flags = [["--" + name.replace("_", "-"), str(value)] for name, value in base.items() if value is not None]
+    return [part for flag in flags for part in flag]
+
+
+def extrapolate(measured: dict[str, Any], config: BenchmarkConfig, wall_s: float) -> dict[str, Any]:
+    """The published loop's phases, its training scaled from a few epochs to all."""
+    train_s = measured["train_s"] * config.epochs / measured["num_epochs"]
+    other_s = wall_s - measured["train_s"] - measured["inference_s"]
+    return {
+        "device_name": measured["device_name"],
+        "num_nodes": 1,
+        "threads_per_worker": measured["num_threads"],
+        "precision": "fp32",
+        "global_batch_size": 8,
+        "startup_s": other_s,
+        "train_s": train_s,
+        "inference_s": measured["inference_s"],
+        "total_s": other_s + train_s + measured["inference_s"],
+        "train_images_per_sec": measured["num_train"] * config.epochs / train_s,
+        "inference_images_per_sec": measured["num_test"] / measured["inference_s"] if measured["num_test"] else None,
+        "device_seconds": other_s + train_s + measured["inference_s"],
+        "is_extrapolated": True,
+    }
+
+
+def read_run(run: Path, wall_s: float) -> dict[str, Any]:
+    """What a finished run's files say; teardown is what the process took beyond them."""
+    described = json.loads((run / "config.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text())
+    timing = pd.read_csv(run / "timing.csv")
+    whole = timing.iloc[0]
+    workers = timing.iloc[1:]
+    phases = {name: float(whole[name]) for name in PHASES if name != "teardown_s" and name != "total_s"}
+    return {
+        "device_name": ", ".join(described["device_names"]),
+        "num_nodes": int(workers["node"].nunique()),
+        "threads_per_worker": described["threads_per_worker"],
+        "precision": described["precision"],
+        "global_batch_size": described["global_batch_size"],
+        **phases,
+        "teardown_s": wall_s - float(whole["total_s"]),
+        "total_s": wall_s,
+        "train_images_per_sec": float(whole["train_images_per_sec"]),
+        "inference_images_per_sec": float(whole["inference_images_per_sec"]),
+        "val/loss": metrics["val/loss"],
+        "val/accuracy": metrics["val/accuracy"],
+        "device_seconds": wall_s * max(1, len(workers)),
+        "is_extrapolated": False,
+    }
+
+
+def summarize(repeats: pd.DataFrame) -> list[dict[str, Any]]:
+    """One entry a row, in first-seen order: min, median and max of each phase, medians of rates, speed-ups.
+
+    The speed-up is of training images/s over the first Ray-free run of the project; the efficiency divides it by the
+    ratio of workers, and is unknown for the published loop.
+    """
+    entries: list[dict[str, Any]] = []
+    for name, group in repeats.groupby("row", sort=False):
+        first = group.iloc[0]
+        entry: dict[str, Any] = {key: first[key] for key in ("kind", "device", "num_workers")} | {"row": str(name)}
+        entry["num_workers"] = int(entry["num_workers"])
+        reasons = group["reason"].dropna() if "reason" in group else pd.Series(dtype=str)
+        if len(reasons):
+            entries.append({**entry, "reason": str(reasons.iloc[0])})
+            continue
+        for key in ("device_name", "num_nodes", "threads_per_worker", "precision", "global_batch_size"):
+            entry[key] = first[key].item() if hasattr(first[key], "item") else first[key]
+        entry["is_extrapolated"] = bool(first["is_extrapolated"])
+        entry["num_repeats"] = len(group)
+        for phase in PHASES:
+            values = group[phase].dropna().to_numpy() if phase in group else np.array([])
+            if len(values):
+                entry[phase] = {name: float(getattr(np, name)(values)) for name in ("min", "median", "max")}
+        for key in ("train_images_per_sec", "inference_images_per_sec", "val/accuracy", "val/loss", "device_seconds"):
+            value = group[key].median() if key in group else float("nan")
+            entry[key] = None if pd.isna(value) else float(value)
+        entry["train_images_per_sec_per_worker"] = entry["train_images_per_sec"] / max(1, entry["num_workers"])
+        entries.append(entry)
+    add_speedups(entries)
+    return entries
+
+
+def add_speedups(entries: list[dict[str, Any]]) -> None:
+    """Against the first row of all by total time, and against the device's smallest Ray row by training rate."""
+    done = [entry for entry in entries if "reason" not in entry]
+    for entry in done:
+        entry["total_speedup"] = done[0]["total_s"]["median"] / entry["total_s"]["median"]
+        on_ray = [e for e in done if e["device"] == entry["device"] and e["num_workers"] > 0]
+        if entry["num_workers"] and on_ray:
+            base = min(on_ray, key=lambda e: e["num_workers"])
+            entry["scaling"] = entry["train_images_per_sec"] / base["train_images_per_sec"]
+            entry["efficiency"] = entry["scaling"] * base["num_workers"] / entry["num_workers"]
+
+
+def fit_model(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Total time as start-up + serial + parallel / N for the device with most counts: a model, with its residuals.
+
+    Start-up is the measured median; serial and parallel seconds are fitted to the rest by non-negative least squares.
+    """
+    by_device: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        if entry["kind"] == "plates" and entry["num_workers"] and "reason" not in entry:
+            by_device.setdefault(entry["device"], []).append(entry)
+    points = max(by_device.values(), key=len, default=[])
+    if len(points) < MIN_COUNTS_TO_FIT:
+        return {"reason": f"{len(points)} worker counts measured; a fit needs {MIN_COUNTS_TO_FIT}"}
+    counts = np.array([point["num_workers"] for point in points], dtype=float)
+    startup_s = float(np.median([point["startup_s"]["median"] for point in points]))
+    rest = np.array([point["total_s"]["median"] - point["startup_s"]["median"] for point in points])
+    (serial_s, parallel_s), _ = nnls(np.stack([np.ones_like(counts), 1 / counts], axis=1), rest)
+
+    def predict_s(count: float) -> float:
+        return startup_s + serial_s + parallel_s / count
+
+    most = int(counts.max())
+    enough = 1
+    while enough < 2**20 and predict_s(2 * enough) < (1 - WORTHWHILE_GAIN) * predict_s(enough):
+        enough *= 2
+    return {
+        "device": points[0]["device"],
+        "startup_s": startup_s,
+        "serial_s": float(serial_s),
+        "parallel_s": float(parallel_s),
+        "residuals_s": [float(t + startup_s - predict_s(n)) for n, t in zip(counts, rest, strict=True)],
+        "predicted_total_s": {str(count): predict_s(count) for count in (2 * most, 4 * most)},
+        "workers_past_which_doubling_saves_under_10_percent": enough,
+    }

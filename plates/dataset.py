@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -289,8 +288,8 @@ def check_samples(source: Source, split: str, samples: Sequence[Sample]) -> Iter
 
 
 def prefetch(load: Callable[[ItemT], LoadedT], items: Iterable[ItemT], num_ahead: int) -> Iterator[LoadedT]:
-    """`map(load, items)` by threads that stay at most `num_ahead` items ahead of the consumer."""
-    with ThreadPoolExecutor(max_workers=min(num_ahead, os.cpu_count() or 1)) as pool:
+    """`map(load, items)` by threads, as many as torch uses, that stay at most `num_ahead` items ahead."""
+    with ThreadPoolExecutor(max_workers=min(num_ahead, torch.get_num_threads())) as pool:
         pending: deque[Future[LoadedT]] = deque()
         for item in items:
             pending.append(pool.submit(load, item))

@@ -14,7 +14,6 @@ from plates.dataset import Dataset, UnreadableImageError
 from plates.features import cache_root
 from plates.model import Weights
 from plates.rundir import versions
-from plates.train_loop import run_on_worker
 from plates.train_loop.group import Worker
 from plates.train_loop.task import Task
 from plates.transforms import Preprocessing
@@ -80,10 +79,23 @@ def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    def run_on_worker(config: dict[str, Any]) -> Any:
+        """Shipped by value and importing for itself, so that the controller does not import all that workers need."""
+        import ray
+        from ray.train import get_context
+        from ray.train.torch import get_device
+
+        from plates.train_loop.group import Worker
+
+        context = get_context()
+        worker = Worker(context.get_world_rank(), context.get_world_size(), get_device(), is_ray=True)
+        loop, task = ray.get(config["what"])
+        return loop(task, worker)
+
     resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.device == "cuda" else {})
     trainer = TorchTrainer(
         run_on_worker,
-        train_loop_config={"loop": loop, "task": ray.put(task)},
+        train_loop_config={"what": ray.put((loop, task))},
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.device == "cuda", resources_per_worker=resources
         ),

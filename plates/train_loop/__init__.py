@@ -18,16 +18,6 @@ from plates.train_loop.task import Task, Trained
 from plates.transforms import Preprocessing, draw_view, to_picture, train_batch
 
 
-def run_on_worker(config: dict[str, Any]) -> Any:
-    """The function that Ray Train calls on each worker: rank 0's return value is the run's result."""
-    import ray
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), is_ray=True)
-    return config["loop"](ray.get(config["task"]), worker)
-
-
 def train(task: Task, worker: Worker) -> Trained | None:
     """Trains on one worker of the group. Every worker takes part; rank 0 returns the result, the others None."""
     startup_s = time.time() - task.submitted_at

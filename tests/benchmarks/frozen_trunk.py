@@ -18,64 +18,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torchvision import datasets, models, transforms
 from torchvision.io import ImageReadMode, decode_image
 
 from plates.features import VIEWS_PER_FORWARD
 from plates.model import build_trunk, fast_trunk, resolve_precision
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_FORWARDS = {"train_100_views": 100 * 32 + 8, "train_20_views": 20 * 32 + 8}
-
-
-def published(photos: Path, epochs: int) -> dict[str, float]:
-    """The notebook's loop: new DataLoader workers each epoch, fp32, batch 8, validation, then the test set."""
-    start_s = time.perf_counter()
-    train_transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(224),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    eval_transform = transforms.Compose(
-        [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    )
-    whole = datasets.ImageFolder(str(photos / "train"))
-    held_out = [i for i in range(len(whole)) if (i % 20) % 6 == 0]
-    kept = [i for i in range(len(whole)) if (i % 20) % 6]
-    train = torch.utils.data.Subset(datasets.ImageFolder(str(photos / "train"), train_transform), kept)
-    val = torch.utils.data.Subset(datasets.ImageFolder(str(photos / "train"), eval_transform), held_out)
-    train_loader = torch.utils.data.DataLoader(train, batch_size=8, shuffle=True, num_workers=8)
-    val_loader = torch.utils.data.DataLoader(val, batch_size=8, num_workers=8)
-    model = models.resnet18()
-    model.requires_grad_(False)
-    model.fc = torch.nn.Linear(model.fc.in_features, 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.1)
-    loss_function = torch.nn.CrossEntropyLoss()
-    train_start_s = time.perf_counter()
-    for _ in range(epochs):
-        for loader, is_training in ((train_loader, True), (val_loader, False)):
-            model.train(is_training)
-            for inputs, labels in loader:
-                optimizer.zero_grad()
-                with torch.set_grad_enabled(is_training):
-                    loss = loss_function(model(inputs), labels)
-                if is_training:
-                    loss.backward()
-                    optimizer.step()
-        scheduler.step()
-    train_s = time.perf_counter() - train_start_s
-    model.eval()
-    test = sorted((photos / "test").iterdir())
-    with torch.no_grad():
-        for start in range(0, len(test), 8):
-            batch = [eval_transform(datasets.folder.pil_loader(str(path))) for path in test[start : start + 8]]
-            model(torch.stack(batch)).softmax(1)
-    inference_s = time.perf_counter() - train_start_s - train_s
-    return {"train_s": train_s, "inference_s": inference_s, "before_s": train_start_s - start_s}
 
 
 def bare_rate(num_batches: int = 12) -> float:
@@ -107,8 +55,10 @@ def run_train(photos: Path, num_views: int) -> dict[str, float]:
 
 def run_published(photos: Path, epochs: int) -> dict[str, float]:
     """The published loop in a process of its own, its training scaled from `epochs` to 100."""
+    settings = {"data": str(photos), "backbone": "resnet18", "weights": "none", "trainable": "head", "seed": 0}
+    settings |= {"image_size": 224, "device": "cpu", "num_epochs": epochs}
     start_s = time.perf_counter()
-    command = [sys.executable, __file__, str(photos), "--only-published", "--published-epochs", str(epochs)]
+    command = [sys.executable, "-m", "plates.published", json.dumps(settings)]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
     wall_s = time.perf_counter() - start_s
     inner = json.loads(ended.stdout.splitlines()[-1])
@@ -121,11 +71,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--published-epochs", type=int, default=100)
-    parser.add_argument("--only-published", action="store_true", help="print one run of the published loop")
     arguments = parser.parse_args()
-    if arguments.only_published:
-        print(json.dumps(published(arguments.photos.resolve(), arguments.published_epochs)))
-        return
     photos = arguments.photos.resolve()
     first = next((photos / "test").iterdir())
     decode_image(

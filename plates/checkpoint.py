@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from plates.config import UserError
 from plates.model import Classifier, build_trunk
 from plates.rundir import write_json, write_whole
+from plates.storage import Place
 from plates.transforms import Preprocessing
 
 MODEL_FILE, INFO_FILE, FORMAT = "model.safetensors", "model.json", 1
@@ -28,7 +29,7 @@ class Bundle:
     info: dict[str, Any]
 
 
-def save_bundle(folder: Path, bundle: Bundle) -> None:
+def save_bundle(folder: Place, bundle: Bundle) -> None:
     """Writes model.safetensors and model.json; the JSON last, so that its presence means a whole bundle."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in bundle.state.items()}
@@ -42,11 +43,11 @@ def save_bundle(folder: Path, bundle: Bundle) -> None:
     write_json(folder / INFO_FILE, {**described, **bundle.info})
 
 
-def load_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: Place) -> Bundle:
     """Raises: UserError where the folder holds no whole bundle of this format."""
     try:
         info = json.loads((folder / INFO_FILE).read_text())
-        state = load_file(folder / MODEL_FILE)
+        state = load((folder / MODEL_FILE).read_bytes())
         if info["format"] != FORMAT:
             raise UserError(
                 f"--checkpoint {folder}: format {info['format']} is not {FORMAT}, which this version reads"
@@ -54,7 +55,7 @@ def load_bundle(folder: Path) -> Bundle:
         preprocessing = Preprocessing.from_dict(info["preprocessing"])
         return Bundle(info["backbone"], tuple(info["classes"]), preprocessing, state, info)
     except FileNotFoundError as error:
-        missing = Path(error.filename).name if error.filename else MODEL_FILE
+        missing = Path(str(error.filename)).name if error.filename else MODEL_FILE
         raise UserError(f"--checkpoint {folder}: holds no {missing}; give RUN/checkpoint") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"--checkpoint {folder}: is damaged ({type(error).__name__})") from error

@@ -114,6 +114,15 @@ def share_cpus(num_workers: int, device: str, nodes: list[Node]) -> int | None:
     return None
 
 
+def shrink(plan: Plan) -> Plan:
+    """The plan with no more workers than the nodes alive now have room for, and at least one."""
+    nodes = list_nodes()
+    count = plan.num_workers
+    while count > 1 and (share_cpus(count, plan.device, nodes) or 0) < plan.cpus_per_worker:
+        count -= 1
+    return replace(plan, num_workers=count)
+
+
 def has_many_gpus(device: str) -> bool:
     return device != "cpu" and torch.cuda.device_count() > 1
 
@@ -128,6 +137,7 @@ def start_ray() -> None:
     # Read when Ray Train is imported: a report waits for the controller's poll, 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     import ray
 
     if ray.is_initialized():
@@ -164,6 +174,15 @@ def list_nodes() -> list[Node]:
         if any(node.num_cpus or node.num_gpus for node in nodes) or time.monotonic() > deadline_s:
             return nodes
         time.sleep(0.5)
+
+
+def this_node(is_ray: bool) -> str:
+    """The host's name; on a Ray worker followed by the node's id, since nodes may share a name."""
+    if not is_ray:
+        return socket.gethostname()
+    import ray
+
+    return f"{socket.gethostname()}:{ray.get_runtime_context().get_node_id()[:8]}"
 
 
 def count_devices() -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from plates import synthetic
 from plates.config import UserError
+from plates.storage import Place, place_of
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 VALIDATION_EVERY = 6  # the published split: every sixth image
@@ -60,7 +61,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FolderSource:
-    root: str
+    root: Place
 
     def read(self, path: str) -> Tensor:
         return decode(self.read_bytes(path))
@@ -72,7 +73,7 @@ class FolderSource:
 
     def read_bytes(self, path: str) -> bytes:
         try:
-            return (Path(self.root) / path).read_bytes()
+            return (self.root / path).read_bytes()
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
 
@@ -116,29 +117,26 @@ def load_dataset(data: str, seed: int) -> Dataset:
     if data.startswith("synthetic"):
         num_labelled = int(data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC)
         return list_synthetic(num_labelled, seed)
-    root = find_root(Path(data), "train")
-    return list_folder(root)
+    return list_folder(find_root(place_of("--data", data), "train"))
 
 
 def load_test_split(data: str, seed: int) -> Dataset:
     """The test split alone, for a checkpoint: test/** of a data set, or every image of a plain folder."""
     if data.startswith("synthetic"):
         return load_dataset(data, seed)
-    if has_folder(data, "train"):
-        return list_folder(find_root(Path(data), "train"))
-    top = find_root(Path(data), "test") if has_folder(data, "test") else Path(data).absolute()
-    start = top / "test" if has_folder(data, "test") else top
+    folder = place_of("--data", data)
+    if holders_of(folder, "train"):
+        return list_folder(find_root(folder, "train"))
+    has_test = bool(holders_of(folder, "test"))
+    top = find_root(folder, "test") if has_test else folder
+    start = top / "test" if has_test else top
     test = tuple(Sample(path) for path in find_images(start, top))
     if not test:
         raise UserError(f"--data {data}: holds no images to predict ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return Dataset(FolderSource(str(top)), (), (), (), test)
+    return Dataset(FolderSource(top), (), (), (), test)
 
 
-def has_folder(data: str, name: str) -> bool:
-    return bool(holders_of(Path(data), name))
-
-
-def find_root(folder: Path, name: str) -> Path:
+def find_root(folder: Place, name: str) -> Place:
     """The folder that holds `name`/, looked for through wrapping folders."""
     if not folder.is_dir():
         problem = "is a file; give the folder that holds train/" if folder.exists() else "no such folder"
@@ -151,7 +149,7 @@ def find_root(folder: Path, name: str) -> Path:
     return holders[0].absolute()
 
 
-def holders_of(folder: Path, name: str) -> list[Path]:
+def holders_of(folder: Place, name: str) -> list[Place]:
     """Folders with a folder `name` in them, at the least depth (0 to 3) where there is one."""
     level = [folder] if folder.is_dir() else []
     for _ in range(4):
@@ -162,11 +160,12 @@ def holders_of(folder: Path, name: str) -> list[Path]:
     return []
 
 
-def visible(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX")
+def visible(folder: Place) -> list[Place]:
+    children = cast(Iterable[Any], folder.iterdir())
+    return sorted(child for child in children if not child.name.startswith(".") and child.name != "__MACOSX")
 
 
-def find_images(folder: Path, root: Path) -> list[str]:
+def find_images(folder: Place, root: Place) -> list[str]:
     """Paths of the images under `folder`, relative to `root`, with forward slashes, sorted."""
     found: list[str] = []
     pending = [folder] if folder.is_dir() else []
@@ -175,11 +174,11 @@ def find_images(folder: Path, root: Path) -> list[str]:
             if child.is_dir():
                 pending.append(child)
             elif child.suffix.lower() in IMAGE_SUFFIXES:
-                found.append(child.relative_to(root).as_posix())
+                found.append(cast(Any, child).relative_to(root).as_posix())
     return sorted(found)
 
 
-def list_folder(root: Path) -> Dataset:
+def list_folder(root: Place) -> Dataset:
     by_class = images_by_class(root, "train")
     classes = tuple(by_class)
     if len(classes) < 2:
@@ -200,10 +199,10 @@ def list_folder(root: Path) -> Dataset:
             if len(paths) < 2:
                 raise UserError(f"--data {root}: train/{name} holds 1 image; the split needs at least 2 a class")
         train, val = split_every_sixth(by_class)
-    return Dataset(FolderSource(str(root)), classes, label(train, classes), label(val, classes), test)
+    return Dataset(FolderSource(root), classes, label(train, classes), label(val, classes), test)
 
 
-def images_by_class(root: Path, split: str) -> dict[str, list[str]]:
+def images_by_class(root: Place, split: str) -> dict[str, list[str]]:
     return {child.name: find_images(child, root) for child in visible(root / split) if child.is_dir()}
 
 
@@ -287,9 +286,18 @@ def check_samples(source: Source, split: str, samples: Sequence[Sample]) -> Iter
         yield from pool.map(check, samples)
 
 
-def prefetch(load: Callable[[ItemT], LoadedT], items: Iterable[ItemT], num_ahead: int) -> Iterator[LoadedT]:
-    """`map(load, items)` by threads, as many as torch uses, that stay at most `num_ahead` items ahead."""
-    with ThreadPoolExecutor(max_workers=min(num_ahead, torch.get_num_threads())) as pool:
+def prefetch(
+    load: Callable[[ItemT], LoadedT], items: Iterable[ItemT], num_ahead: int, device: torch.device
+) -> Iterator[LoadedT]:
+    """`map(load, items)` by as many threads as torch uses, at most `num_ahead` items ahead of the device.
+
+    A CPU worker of one thread loads in between: a second thread would take another worker's core.
+    """
+    num_threads = torch.get_num_threads()
+    if device.type == "cpu" and num_threads == 1:
+        yield from map(load, items)
+        return
+    with ThreadPoolExecutor(max_workers=min(num_ahead, num_threads)) as pool:
         pending: deque[Future[LoadedT]] = deque()
         for item in items:
             pending.append(pool.submit(load, item))

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import time
+import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +20,12 @@ from torch import Tensor, nn
 from plates.dataset import Sample, Source, prefetch
 from plates.model import fast_trunk
 from plates.rundir import write_whole
+from plates.storage import Place, place_of, remove_tree
 from plates.transforms import Preprocessing, crop, draw_view, flip, move, normalize, resize
 
 FORMAT = 1  # of the stored features; a change of what is computed here changes it
 VIEWS_PER_FORWARD = 32
+SECONDS_PER_PART = 10.0  # of computing that a worker may lose
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,19 @@ def features_key(
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cache_root() -> Path:
-    """PLATES_CACHE, else the user's cache folder; absolute, since workers run in folders of their own."""
-    return Path(os.environ.get("PLATES_CACHE") or platformdirs.user_cache_dir("plates")).absolute()
+def cache_root() -> Place:
+    """PLATES_CACHE, a path or a URI, else the user's cache folder; absolute, since workers run elsewhere."""
+    return place_of("PLATES_CACHE", os.environ.get("PLATES_CACHE") or platformdirs.user_cache_dir("plates"))
 
 
-def load_features(path: Path, num_views: int, num_train: int, num_val: int) -> Features | None:
+def load_features(path: Place, num_views: int, num_train: int, num_val: int) -> Features | None:
     """Stored features, memory-mapped; None where there are none, or not all rows."""
     if not path.exists():
         return None
-    try:
-        column = pq.read_table(path, memory_map=True)["feature"].combine_chunks()
-    except (OSError, pa.ArrowInvalid):
+    column = read_columns(path, memory_map=True)
+    if column is None:
         return None
+    column = column["feature"].combine_chunks()
     rows = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy()).view(len(column), -1)
     if len(rows) != num_views * num_train + num_val:
         return None
@@ -75,7 +79,54 @@ def load_features(path: Path, num_views: int, num_train: int, num_val: int) -> F
     return Features(rows[:cut].view(num_views, num_train, -1), rows[cut:])
 
 
-def save_features(path: Path, features: Features) -> None:
+def read_columns(path: Place, memory_map: bool = False) -> pa.Table | None:
+    """A whole Parquet file; None where it is damaged."""
+    try:
+        if isinstance(path, Path):
+            return pq.read_table(path, memory_map=memory_map)
+        return pq.read_table(pa.BufferReader(path.read_bytes()))
+    except (OSError, pa.ArrowInvalid):
+        return None
+
+
+class Parts:
+    """Rows of features that workers have finished, stored as they go: a run that is cut off computes only the rest.
+
+    A row is the (V, F) features of one image, known by its number in the run.
+    """
+
+    def __init__(self, folder: Place) -> None:
+        self.folder = folder
+        self.pending: dict[int, Tensor] = {}
+        self.saved_at = time.monotonic()
+
+    def load(self) -> dict[int, Tensor]:
+        """The rows that can be seen from here; each (V * F,) float32."""
+        rows: dict[int, Tensor] = {}
+        names = sorted(self.folder.iterdir()) if self.folder.exists() else []
+        for path in names:
+            table = read_columns(path) if path.suffix == ".parquet" and not path.name.startswith(".") else None
+            if table is not None:
+                rows |= {
+                    int(index.as_py()): torch.from_numpy(row.values.to_numpy().copy())
+                    for index, row in zip(table["index"], table["feature"], strict=True)
+                }
+        return rows
+
+    def add(self, index: int, row: Tensor) -> None:
+        """Stores a finished row, with those before it, when there is enough that could be lost."""
+        self.pending[index] = row
+        if time.monotonic() - self.saved_at >= SECONDS_PER_PART:
+            rows = [row.reshape(-1).numpy() for row in self.pending.values()]
+            table = pa.table({"index": list(self.pending), "feature": pa.array(rows, pa.list_(pa.float32()))})
+            write_whole(self.folder / f"{uuid.uuid4().hex}.parquet", lambda file: pq.write_table(table, file))
+            self.pending, self.saved_at = {}, time.monotonic()
+
+    def remove(self) -> None:
+        remove_tree(self.folder)
+
+
+def save_features(path: Place, features: Features) -> None:
     """One Parquet file of float32 lists: the views' layers in turn, then the validation split."""
     num_features = features.val.shape[1]
     rows = torch.cat([features.train.reshape(-1, num_features), features.val])
@@ -119,7 +170,9 @@ def compute_views(
         pictures = torch.stack([crop(image, view, size) for view in views])
         return pictures, torch.tensor([view.is_flipped for view in views])
 
-    yield from forward_all(trunk, prefetch(load, samples, num_ahead=2 + VIEWS_PER_FORWARD // num_views))
+    yield from forward_all(
+        trunk, prefetch(load, samples, num_ahead=2 + VIEWS_PER_FORWARD // num_views, device=trunk.device)
+    )
 
 
 def compute_eval(trunk: FrozenTrunk, source: Source, samples: Sequence[Sample]) -> Iterator[Tensor]:
@@ -129,7 +182,7 @@ def compute_eval(trunk: FrozenTrunk, source: Source, samples: Sequence[Sample]) 
     def load(sample: Sample) -> tuple[Tensor, Tensor]:
         return resize(source.read(sample.path), size)[None], torch.zeros(1, dtype=torch.bool)
 
-    yield from forward_all(trunk, prefetch(load, samples, num_ahead=2 + VIEWS_PER_FORWARD))
+    yield from forward_all(trunk, prefetch(load, samples, num_ahead=2 + VIEWS_PER_FORWARD, device=trunk.device))
 
 
 def forward_all(trunk: FrozenTrunk, loaded: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:

@@ -3,12 +3,10 @@
 import logging
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,12 +15,13 @@ import torch
 from tqdm import tqdm
 
 from plates.checkpoint import Bundle, build_model
-from plates.cluster import Plan
+from plates.cluster import Plan, this_node
 from plates.dataset import Dataset, Sample, Skipped, Source, UnreadableImageError, image_ids, prefetch
 from plates.features import FrozenTrunk
 from plates.metrics import score
 from plates.model import resolve_precision
 from plates.rundir import write_csv, write_parquet
+from plates.storage import Place
 from plates.timing import device_name, rate
 from plates.transforms import resize
 
@@ -45,7 +44,7 @@ class Predictor:
         self.trunk = FrozenTrunk(model.trunk, bundle.preprocessing, self.device, dtype)
         self.head = model.head.to(self.device)
         self.identity = {
-            "node": socket.gethostname(),
+            "node": this_node(is_ray=False),
             "pid": os.getpid(),
             "device": self.device.type,
             "device_name": device_name(self.device),
@@ -65,7 +64,7 @@ class Predictor:
         errors = np.full(len(paths), "", dtype=object)
         probabilities = np.full((len(paths), self.head.out_features), np.nan, dtype=np.float32)
         places, pictures = [], []
-        for place, picture in enumerate(prefetch(self.read, paths, num_ahead=2 * PREDICT_BATCH_SIZE)):
+        for place, picture in enumerate(prefetch(self.read, paths, 2 * PREDICT_BATCH_SIZE, self.device)):
             if isinstance(picture, str):
                 errors[place] = picture
             else:
@@ -105,6 +104,7 @@ class RayPredictor(Predictor):
         import ray
 
         super().__init__(ray.get(bundle_ref[0]), source, device, precision, num_threads)
+        self.identity["node"] = this_node(is_ray=True)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def tqdm_paths(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
             yield batch
 
 
-def write_predictions(run: Path, predictions: Predictions) -> None:
+def write_predictions(run: Place, predictions: Predictions) -> None:
     """predictions.csv and .parquet, and submission.csv, the competition's form."""
     write_csv(run / "predictions.csv", predictions.table)
     write_parquet(run / "predictions.parquet", predictions.table)

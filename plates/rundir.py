@@ -1,9 +1,13 @@
 """The run directory: where it is, who may write into it, and files written whole or not at all."""
 
+import io
 import json
 import os
 import platform
+import socket
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -12,37 +16,80 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 
 from plates.config import UserError
+from plates.storage import Place, UriPath, place_of
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
+STATE_FILE = ".state.safetensors"  # of unfinished training
+BEAT_S, STALE_S = 20.0, 60.0  # a driver on another machine that gave no sign for so long is taken to be gone
 
 
-def find_run(out: str | None, job: str, config: Any) -> Path:
-    """Absolute path of the run directory for these settings; nothing is made yet.
+def find_run(out: str | None, job: str, config: Any) -> Place:
+    """The run directory for these settings, an absolute path or a URI; nothing is made yet.
 
     A fresh or empty directory is fine, and so is an unfinished run of the same job and settings.
 
     Raises: UserError for a finished run, a run of other settings, or a directory of other things.
     """
-    run = Path(out).expanduser() if out else Path("runs") / f"{job}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run = run.absolute()
+    run = place_of("--out", out or f"runs/{job}-{datetime.now():%Y%m%d-%H%M%S-%f}")
     check_claimable(run, requested(job, config))
     return run
 
 
-def claim_run(run: Path, job: str, config: Any, resolved: dict[str, Any]) -> None:
-    """Makes the directory and writes config.json, unfinished. Raises: UserError where it cannot be written."""
+def claim_run(run: Place, job: str, config: Any, resolved: dict[str, Any]) -> None:
+    """Makes the directory, locks it and writes config.json, unfinished.
+
+    Raises: UserError where it cannot be written, or another process is at work in it.
+    """
     try:
-        run.mkdir(parents=True, exist_ok=True)
         settings = requested(job, config)
+        check_claimable(run, settings)
+        run.mkdir(parents=True, exist_ok=True)
+        lock_run(run)
         write_json(run / CONFIG_FILE, {"status": "unfinished", **settings, **resolved, "requested": settings})
     except OSError as error:
-        raise UserError(f"--out {run}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--out {run}: cannot be written ({error.strerror or error})") from error
+
+
+def lock_run(run: Place) -> None:
+    """Takes the directory for this process until it ends or `finish_run`. Raises: UserError where it is taken.
+
+    The lock is a record of who holds it, touched as long as the holder lives, since no lock of an operating system
+    reaches over machines and object stores. Of two that write it at once the last one has it.
+    """
+    path = run / LOCK_FILE
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    if path.exists() and is_held(holder := json.loads(path.read_text()), me, time.time() - path.stat().st_mtime):
+        raise UserError(
+            f"--out {run}: process {holder['pid']} on {holder['host']} is at work in it; wait, or give another"
+        )
+    write_json(path, me)
+    time.sleep(0.1 if isinstance(path, Path) else 1.0)
+    if json.loads(path.read_text()) != me:
+        raise UserError(f"--out {run}: another process has just started in it; give another directory")
+    threading.Thread(target=keep_lock, args=(path,), daemon=True).start()
+
+
+def is_held(holder: dict[str, Any], me: dict[str, Any], age_s: float) -> bool:
+    """Whether the process of a lock still lives: looked up on this machine, by its last sign on others."""
+    if holder["host"] != me["host"]:
+        return age_s < STALE_S
+    if holder["pid"] == me["pid"] or not psutil.pid_exists(holder["pid"]):
+        return False
+    return psutil.Process(holder["pid"]).create_time() == holder["started"]
+
+
+def keep_lock(path: Place) -> None:
+    """Gives a sign of life until the lock is gone."""
+    while path.exists():
+        path.touch()
+        time.sleep(BEAT_S)
 
 
 def write_results(
-    run: Path,
+    run: Place,
     figures: dict[str, float | int],
     timing: pd.DataFrame,
     skipped: Sequence[Any],
@@ -55,12 +102,14 @@ def write_results(
     update_config(run, device_names=sorted(set(timing["device_name"])))
 
 
-def finish_run(run: Path) -> None:
+def finish_run(run: Place) -> None:
     """Marks the run as finished: from now on it is never written again."""
     update_config(run, status="finished")
+    for name in (STATE_FILE, LOCK_FILE):
+        (run / name).unlink(missing_ok=True)
 
 
-def update_config(run: Path, **changes: Any) -> None:
+def update_config(run: Place, **changes: Any) -> None:
     write_json(run / CONFIG_FILE, {**json.loads((run / CONFIG_FILE).read_text()), **changes})
 
 
@@ -70,11 +119,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def check_claimable(run: Path, settings: dict[str, Any]) -> None:
+def check_claimable(run: Place, settings: dict[str, Any]) -> None:
     """Raises: UserError where a run of these settings may not be written into `run`."""
     if run.exists() and not run.is_dir():
         raise UserError(f"--out {run}: is a file; give a directory")
-    if not run.exists() or not any(run.iterdir()):
+    if not run.exists() or not any(child.name != LOCK_FILE for child in run.iterdir()):
         return
     try:
         found = json.loads((run / CONFIG_FILE).read_text())
@@ -95,16 +144,19 @@ def requested(job: str, config: Any) -> dict[str, Any]:
     return {"job": job, **settings}
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a temporary file beside `path`, then renames it: readers see all of it or nothing."""
+def write_whole(path: Place, write: Callable[[Path], object]) -> None:
+    """Calls `write` on a temporary file, beside `path` where that is a disk, then moves it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent if isinstance(path, Path) else None, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~current_umask())
-        temporary.replace(path)
+        if isinstance(path, UriPath):
+            path.write_bytes(temporary.read_bytes())
+        else:
+            temporary.chmod(0o666 & ~current_umask())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,13 +168,17 @@ def current_umask() -> int:
     return mask
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     write_whole(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> None:
+def write_csv(path: Place, table: pd.DataFrame) -> None:
     write_whole(path, lambda file: table.to_csv(file, index=False))
 
 
-def write_parquet(path: Path, table: pd.DataFrame) -> None:
+def read_csv(path: Place, **options: Any) -> pd.DataFrame:
+    return pd.read_csv(io.BytesIO(path.read_bytes()), **options)
+
+
+def write_parquet(path: Place, table: pd.DataFrame) -> None:
     write_whole(path, lambda file: table.to_parquet(file, index=False))

@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +14,13 @@ from scipy.optimize import nnls
 
 from plates.config import BenchmarkConfig, ModelConfig
 from plates.dataset import DEFAULT_NUM_SYNTHETIC
+from plates.rundir import read_csv, write_csv
+from plates.storage import Place, remove_tree
 
 PHASES = ["startup_s", "data_s", "train_s", "inference_s", "teardown_s", "total_s"]
 NUM_BASELINE_EPOCHS = 3
 BASELINE_SETTINGS = ("data", "backbone", "weights", "trainable", "image_size", "seed")
+ROW_FOLDER = ".row"  # of the run being measured, inside the benchmark's
 MIN_COUNTS_TO_FIT = 4
 WORTHWHILE_GAIN = 0.1  # a doubling of the workers that saves less than this share of the time does not pay
 
@@ -51,33 +52,39 @@ def plan_rows(config: BenchmarkConfig, num_cpus: int, num_gpus: int) -> list[Row
     return rows
 
 
-def measure_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, keep: Path) -> dict[str, Any]:
+def measure_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, keep: Place) -> dict[str, Any]:
     """One repeat of a row, in a new process and with an empty cache; its predictions are kept.
 
     Returns: a row of benchmark.csv; where it cannot run here, one whose `reason` says why.
     """
     blank = {"row": row.name, "kind": row.kind, "device": row.device, "num_workers": row.num_workers}
-    with tempfile.TemporaryDirectory(dir=keep) as folder:
-        run = Path(folder) / "run"
-        environment = {**os.environ, "PLATES_CACHE": f"{folder}/cache"}
-        if row.kind == "published":
-            settings = {name: getattr(config, name) for name in BASELINE_SETTINGS}
-            settings |= {"device": row.device, "num_epochs": min(NUM_BASELINE_EPOCHS, config.epochs)}
-            command = [sys.executable, "-m", "plates.published", json.dumps(settings)]
-        else:
-            command = [sys.executable, "-m", "ray_jobs.train", "--out", str(run), "--device", row.device]
-            command += ["--num-workers", str(row.num_workers), *flags_of(config, row.num_workers)]
-            command += ["--cpus-per-worker", str(cpus_per_worker)] if row.num_workers and row.device == "cpu" else []
-        start_s = time.perf_counter()
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-        wall_s = time.perf_counter() - start_s
-        if ended.returncode not in (0, 3):
-            said = (ended.stderr.strip() or "it said nothing").splitlines()
-            return {**blank, "reason": f"exit code {ended.returncode}: {said[-1]}"}
-        if row.kind == "published":
-            return blank | extrapolate(json.loads(ended.stdout.splitlines()[-1]), config, wall_s)
-        (run / "predictions.csv").replace(keep / "predictions.csv")
-        return blank | read_run(run, wall_s)
+    folder = keep / ROW_FOLDER
+    try:
+        return blank | run_row(row, config, cpus_per_worker, folder, keep)
+    finally:
+        remove_tree(folder)
+
+
+def run_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, folder: Place, keep: Place) -> dict[str, Any]:
+    run, environment = folder / "run", {**os.environ, "PLATES_CACHE": str(folder / "cache")}
+    if row.kind == "published":
+        settings = {name: getattr(config, name) for name in BASELINE_SETTINGS}
+        settings |= {"device": row.device, "num_epochs": min(NUM_BASELINE_EPOCHS, config.epochs)}
+        command = [sys.executable, "-m", "plates.published", json.dumps(settings)]
+    else:
+        command = [sys.executable, "-m", "ray_jobs.train", "--out", str(run), "--device", row.device]
+        command += ["--num-workers", str(row.num_workers), *flags_of(config, row.num_workers)]
+        command += ["--cpus-per-worker", str(cpus_per_worker)] if row.num_workers and row.device == "cpu" else []
+    start_s = time.perf_counter()
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    wall_s = time.perf_counter() - start_s
+    if ended.returncode not in (0, 3):
+        said = (ended.stderr.strip() or "it said nothing").splitlines()
+        return {"reason": f"exit code {ended.returncode}: {said[-1]}"}
+    if row.kind == "published":
+        return extrapolate(json.loads(ended.stdout.splitlines()[-1]), config, wall_s)
+    write_csv(keep / "predictions.csv", read_csv(run / "predictions.csv"))
+    return read_run(run, wall_s)
 
 
 def flags_of(config: BenchmarkConfig, num_workers: int) -> list[str]:
@@ -112,11 +119,11 @@ def extrapolate(measured: dict[str, Any], config: BenchmarkConfig, wall_s: float
     }
 
 
-def read_run(run: Path, wall_s: float) -> dict[str, Any]:
+def read_run(run: Place, wall_s: float) -> dict[str, Any]:
     """What a finished run's files say; teardown is what the process took beyond them."""
     described = json.loads((run / "config.json").read_text())
     metrics = json.loads((run / "metrics.json").read_text())
-    timing = pd.read_csv(run / "timing.csv")
+    timing = read_csv(run / "timing.csv")
     whole = timing.iloc[0]
     workers = timing.iloc[1:]
     phases = {name: float(whole[name]) for name in PHASES if name != "teardown_s" and name != "total_s"}

@@ -1,25 +1,26 @@
 """The only place that builds a TorchTrainer, ScalingConfig and RunConfig."""
 
-import shutil
+import itertools
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
-from plates.cluster import Plan
+from plates.cluster import Plan, shrink
 from plates.config import TrainConfig, UserError
 from plates.dataset import Dataset, UnreadableImageError
 from plates.features import cache_root
 from plates.model import Weights
 from plates.rundir import versions
+from plates.storage import Place, remove_tree
 from plates.train_loop.group import Worker
 from plates.train_loop.task import Task
 from plates.transforms import Preprocessing
 
 ResultT = TypeVar("ResultT")
 STATE_FOLDER = ".ray_train"  # Ray Train's own bookkeeping inside the run directory, gone when the run is done
+MAX_RESTARTS = 20  # after lost workers, before a run gives up
 
 
 def make_task(
@@ -28,9 +29,10 @@ def make_task(
     digests: dict[str, str],
     weights: Weights,
     preprocessing: Preprocessing,
+    run: Place,
 ) -> Task:
     """What the workers are told; start-up is counted from here."""
-    return Task(config, dataset, weights, preprocessing, digests, cache_root(), time.time())
+    return Task(config, dataset, weights, preprocessing, digests, cache_root(), run, time.time())
 
 
 def describe(task: Task, plan: Plan) -> dict[str, Any]:
@@ -53,8 +55,10 @@ def describe(task: Task, plan: Plan) -> dict[str, Any]:
     }
 
 
-def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan, run: Path) -> ResultT:
+def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan) -> ResultT:
     """Runs a loop by the plan, in this process or on Ray workers, and returns what rank 0 returns.
+
+    Where workers are lost, the loop starts again on as many as the cluster still has; it takes up what it stored.
 
     Raises: UserError where a worker cannot read an image that the driver could.
     """
@@ -63,7 +67,7 @@ def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: P
             torch.set_num_threads(plan.cpus_per_worker)
             result = loop(task, Worker(0, 1, torch.device(plan.device), is_ray=False))
         else:
-            result = run_on_ray(loop, task, plan, run)
+            result = run_on_ray(loop, task, plan)
     except UnreadableImageError as error:
         raise UserError(
             f"--data {task.config.data}: a worker cannot read an image ({error}); "
@@ -73,15 +77,36 @@ def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: P
     return result
 
 
-def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan, run: Path) -> ResultT | None:
-    """The loop on a group of Ray workers. Weights and data set go through the object store, once a node."""
+def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan) -> ResultT | None:
+    """The loop on a group of Ray workers, and on a new group when some of them are lost."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import TrainingFailedError
+
+    what = ray.put((loop, task))  # weights and data set go through the object store, once a node
+    for num_lost in itertools.count(1):
+        try:
+            return fit(what, plan, task.run)
+        except TrainingFailedError as error:
+            failures = failures_of(error)
+            unreadable = [failure for failure in failures if isinstance(failure, UnreadableImageError)]
+            if unreadable or num_lost > MAX_RESTARTS or not any(map(is_lost_worker, failures)):
+                raise (unreadable or [error])[0] from error
+            plan = shrink(plan)
+            said = str(failures[0]).strip().splitlines()[0]
+            print(f"a worker was lost ({said}); going on with {plan.num_workers} workers", flush=True)
+        finally:
+            remove_tree(task.run / STATE_FOLDER)
+    raise AssertionError("the loop above returns or raises")
+
+
+def fit(what: Any, plan: Plan, run: Place) -> Any:
+    """One group of workers from start to end; returns what rank 0 returns."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     def run_on_worker(config: dict[str, Any]) -> Any:
         """Shipped by value and importing for itself, so that the controller does not import all that workers need."""
-        import ray
         from ray.train import get_context
         from ray.train.torch import get_device
 
@@ -95,27 +120,30 @@ def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan:
     resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.device == "cuda" else {})
     trainer = TorchTrainer(
         run_on_worker,
-        train_loop_config={"what": ray.put((loop, task))},
+        train_loop_config={"what": what},
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.device == "cuda", resources_per_worker=resources
         ),
         run_config=RunConfig(
             name=STATE_FOLDER,
             storage_path=str(run),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
-    try:
-        return trainer.fit().return_value
-    except TrainingFailedError as error:
-        raise next(unreadable_in(error), error) from error
-    finally:
-        shutil.rmtree(run / STATE_FOLDER, ignore_errors=True)
+    return trainer.fit().return_value
 
 
-def unreadable_in(error: Exception) -> Iterator[UnreadableImageError]:
-    """The workers' unreadable images inside a failure of Ray Train."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, UnreadableImageError):
-            yield cause
+def failures_of(error: Exception) -> list[Exception]:
+    """What went wrong on the workers, or in Ray Train's controller."""
+    failures = [*getattr(error, "worker_failures", {}).values()] or [getattr(error, "controller_failure", error)]
+    return [getattr(failure, "cause", failure) for failure in failures]
+
+
+def is_lost_worker(failure: Exception) -> bool:
+    """Whether a process or node went away, which the other workers see as a broken connection."""
+    from ray.exceptions import RayError
+    from ray.train.v2.api.exceptions import ControllerError
+    from torch.distributed import DistBackendError
+
+    is_broken_connection = "onnection" in str(failure) and type(failure) in (RuntimeError, DistBackendError)
+    return isinstance(failure, RayError | ControllerError) or is_broken_connection

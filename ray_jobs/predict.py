@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PredictConfig, UserError, run_job
 
@@ -14,11 +13,12 @@ def run_prediction(config: PredictConfig) -> int:
     from plates.dataset import load_test_split
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
     from plates.report import summary_table, write_report
+    from plates.storage import place_of
     from plates.timing import Phases, process_age_s, timing_table
 
     run = rundir.find_run(config.out, "predict", config)
     phases = Phases()
-    bundle = load_bundle(Path(config.checkpoint))
+    bundle = load_bundle(place_of("--checkpoint", config.checkpoint))
     with phases.measure("data"):
         dataset = load_test_split(config.data, bundle.info.get("seed", 0))
     if dataset.classes and dataset.classes != bundle.classes:

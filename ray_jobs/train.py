@@ -30,14 +30,14 @@ def train(config: TrainConfig) -> int:
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    task = make_task(config, dataset, digests, weights, preprocessing)
+    task = make_task(config, dataset, digests, weights, preprocessing, run)
     resolved = describe(task, plan)
     rundir.claim_run(run, "train", config, resolved)
     print("\n".join([weights.reason, plan.line, *resolved["notes"]]), flush=True)
 
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     with phases.measure("fit"):
-        trained = run_loop(train_on_worker, task, plan, run)
+        trained = run_loop(train_on_worker, task, plan)
     figures = {key: trained.history[-1][key] for key in ("train/loss", "train/accuracy")}
     figures |= score(trained.val_logits, labels_of(dataset.val), dataset.classes, "val")
     bundle = Bundle(weights.backbone, dataset.classes, preprocessing, trained.state, {**resolved, "metrics": figures})

@@ -29,14 +29,14 @@ def tune(config: TuneConfig) -> int:
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    task = make_task(config, dataset, digests, weights, preprocessing)
+    task = make_task(config, dataset, digests, weights, preprocessing, run)
     resolved = describe(task, plan) | {"num_images": {"train": len(dataset.train), "test": len(dataset.test)}}
     rundir.claim_run(run, "tune", config, resolved)
     print("\n".join([weights.reason, plan.line, *resolved["notes"]]), flush=True)
 
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     with phases.measure("fit"):
-        swept = run_sweep(task, folds, plan, run)
+        swept = run_sweep(task, folds, plan)
     figures = swept.figures | {key: float(swept.history[key].iloc[-1]) for key in ("train/loss", "train/accuracy")}
     bundle = Bundle(weights.backbone, dataset.classes, preprocessing, swept.state, {**resolved, "metrics": figures})
     save_bundle(run / "checkpoint", bundle)

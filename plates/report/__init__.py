@@ -17,14 +17,15 @@ from PIL import Image
 from plates.report.benchmark import show_benchmark
 from plates.report.plots import draw_lines
 from plates.report.sweep import show_sweep
-from plates.rundir import write_whole
+from plates.rundir import read_csv, write_whole
+from plates.storage import Place
 
 
 @dataclass
 class RunFiles:
     """What a run directory holds; an absent file is an empty mapping or a table without rows."""
 
-    path: Path
+    path: Place
     config: dict[str, Any]
     metrics: dict[str, float]
     history: pd.DataFrame
@@ -34,8 +35,8 @@ class RunFiles:
 
 
 def write_report(
-    run: Path, *, train_views: Sequence[tuple[np.ndarray, str]], read_image: Callable[[str], np.ndarray]
-) -> Path:
+    run: Place, *, train_views: Sequence[tuple[np.ndarray, str]], read_image: Callable[[str], np.ndarray]
+) -> Place:
     """Write `run/report.html`, one page that needs no other file, and return its path.
 
     train_views: uint8 pictures (H, W, 3) as the model sees them in training, each with its label's text.
@@ -60,7 +61,7 @@ def write_report(
     return run / "report.html"
 
 
-def summary_table(run: Path) -> str:
+def summary_table(run: Place) -> str:
     """Return the run's times (seconds, images per second) and scores as plain text, at most 100 columns."""
     files, blocks = read_run(run), []
     if len(files.timing):
@@ -77,17 +78,17 @@ def summary_table(run: Path) -> str:
     return "\n".join(blocks)
 
 
-def read_run(run: Path) -> RunFiles:
+def read_run(run: Place) -> RunFiles:
     """Read every file of a run directory that the page or the terminal's table may show."""
     texts = [p.read_text("utf-8") if p.exists() else "{}" for p in (run / "config.json", run / "metrics.json")]
     tables = [read_table(run / f"{name}.csv") for name in ("history", "timing", "predictions", "skipped")]
     return RunFiles(run, *map(json.loads, texts), *tables)
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Place) -> pd.DataFrame:
     # Cells stay text, so that an id such as 0001 or a class named NA keeps its spelling.
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
+        return read_csv(path, dtype=str, keep_default_na=False)
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return pd.DataFrame()
 
@@ -262,7 +263,7 @@ def render_page(files: RunFiles, sections: list[dict[str, Any]]) -> str:
     page.filters |= {"probability": format_probability, "setting": format_setting}
     seconds, rates = (read_numbers(files.timing, name) for name in ("total_s", "inference_images_per_sec"))
     return page.get_template("report.html.j2").render(
-        run=files.path.resolve().name,
+        run=files.path.name,
         config=files.config,
         scores=[score_split(files, split) for split in ("val", "test", "train")],
         unreadable=files.metrics.get("test/num_unreadable", 0),

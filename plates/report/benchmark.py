@@ -1,12 +1,12 @@
 """The benchmark's section: one table, three plots, and the model of the scaling."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plates.report.plots import COLOURS, themed_axes
+from plates.storage import Place
 
 SHOWN_PHASES = ["startup_s", "data_s", "train_s", "inference_s", "teardown_s"]
 HEADER = [
@@ -15,7 +15,7 @@ HEADER = [
 ]  # fmt: skip
 
 
-def show_benchmark(run: Path) -> dict[str, Any] | None:
+def show_benchmark(run: Place) -> dict[str, Any] | None:
     """None where the run is no benchmark."""
     if not (run / "benchmark.json").exists():
         return None

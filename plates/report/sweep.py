@@ -1,23 +1,24 @@
 """The sweep's section: what won, by how much, and how sure that is."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from plates.report.plots import COLOURS, draw_lines, themed_axes
+from plates.rundir import read_csv
+from plates.storage import Place
 
 NUM_LISTED = 10
 LISTED = ["trial", "lr", "step_size", "gamma", "log_loss", "log_loss_low", "log_loss_high", "accuracy", "remark"]
 
 
-def show_sweep(run: Path, metrics: dict[str, float]) -> dict[str, Any] | None:
+def show_sweep(run: Place, metrics: dict[str, float]) -> dict[str, Any] | None:
     """None where the run is no sweep."""
     if not (run / "trials.csv").exists():
         return None
-    trials = pd.read_csv(run / "trials.csv")
-    histories = [pd.read_csv(run / name) for name in ("history.csv", "history_baseline.csv")]
+    trials = read_csv(run / "trials.csv")
+    histories = [read_csv(run / name) for name in ("history.csv", "history_baseline.csv")]
     return {
         "name": "sweep",
         "metrics": metrics,

@@ -1,9 +1,7 @@
 """The sweep: search space, trials, cross-validation, choice of the winner."""
 
-import shutil
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +12,7 @@ from plates.cluster import Plan
 from plates.config import TuneConfig
 from plates.head import HeadSettings, fit_heads
 from plates.model import build_classifier
+from plates.storage import remove_tree
 from plates.sweep.head_trials import HeadSweep, run_head_trials
 from plates.sweep.scores import Folds, summarize, tabulate_trials
 from plates.sweep.training_trials import run_training_trials
@@ -41,20 +40,20 @@ class Swept:
     precision: str
 
 
-def run_sweep(task: Task, folds: Folds, plan: Plan, run: Path) -> Swept:
+def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
     """All trials by Ray Tune, then winner and baseline on all labelled images.
 
     With a frozen trunk the plan's workers compute the features once and every trial fits heads on them; else a trial
     is a training run of its own.
     """
-    swept = (sweep_heads if task.config.trainable == "head" else sweep_training)(task, folds, plan, run)
-    shutil.rmtree(run / STATE_FOLDER, ignore_errors=True)
+    swept = (sweep_heads if task.config.trainable == "head" else sweep_training)(task, folds, plan)
+    remove_tree(task.run / STATE_FOLDER)
     return swept
 
 
-def sweep_heads(task: Task, folds: Folds, plan: Plan, run: Path) -> Swept:
+def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     config = cast(TuneConfig, task.config)
-    features, timings, precision = run_loop(compute_features, task, plan, run)
+    features, timings, precision = run_loop(compute_features, task, plan)
     weights = task.weights
     model = build_classifier(weights.backbone, weights.state, len(task.dataset.classes), config.seed)
     initial = (model.head.weight.detach(), model.head.bias.detach())
@@ -62,7 +61,7 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan, run: Path) -> Swept:
     schedules = draw_schedules(config)
     start_s = time.perf_counter()
     sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config)
-    results = run_head_trials(sweep, run)
+    results = run_head_trials(sweep, task.run)
     trials = tabulate_trials(results, schedules)
     winner = int(trials["is_winner"].to_numpy().argmax())
     heads = fit_heads(
@@ -81,18 +80,16 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan, run: Path) -> Swept:
     return Swept(trials, figures, model.state_dict(), histories[0], histories[1], timings, precision)
 
 
-def sweep_training(task: Task, folds: Folds, plan: Plan, run: Path) -> Swept:
+def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
     schedules = draw_schedules(cast(TuneConfig, task.config))
     start_s = time.perf_counter()
-    results = run_training_trials(task, folds, schedules, plan, run)
+    results = run_training_trials(task, folds, schedules, plan)
     trials = tabulate_trials(results, schedules)
     trials_s = time.perf_counter() - start_s
     winner = int(trials["is_winner"].to_numpy().argmax())
     whole = replace(task.dataset, val=())
     retrained = {
-        trial: run_loop(
-            train, replace(task, config=replace(task.config, **schedules[trial]), dataset=whole), plan, run
-        )
+        trial: run_loop(train, replace(task, config=replace(task.config, **schedules[trial]), dataset=whole), plan)
         for trial in {winner, 0}
     }
     best = retrained[winner]

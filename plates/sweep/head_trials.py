@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from plates.cluster import start_ray
 from plates.config import TuneConfig
 from plates.head import HeadSettings, fit_heads
+from plates.storage import Place
 from plates.sweep.scores import Folds
 from plates.sweep.tuner import tune_all
 
@@ -76,7 +76,7 @@ def score_schedule(data: HeadSweep, schedule: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_head_trials(data: HeadSweep, run: Path) -> list[dict[str, Any]]:
+def run_head_trials(data: HeadSweep, run: Place) -> list[dict[str, Any]]:
     """All trials of a head sweep by Ray Tune, in trial order; a sweep that was cut off goes on.
 
     A class Trainable with reused actors costs milliseconds a trial; the features go through the object store once.

@@ -1,9 +1,7 @@
 """Trials that train more than the head: each fold is a Ray Train run, and poor trials are stopped early."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +20,7 @@ DRIVER_MEMORY_BYTES = 1 << 20
 
 
 def run_training_trials(
-    task: Task, folds: Folds, schedules: list[dict[str, Any]], plan: Plan, run: Path
+    task: Task, folds: Folds, schedules: list[dict[str, Any]], plan: Plan
 ) -> list[dict[str, Any]]:
     """All trials in trial order. A trial reports after each fold, and ASHA stops the poor ones after one repeat.
 
@@ -37,7 +35,7 @@ def run_training_trials(
     plan, num_concurrent = pack_trials(plan)
 
     def drive_trial(point: dict[str, Any], task: Task, folds: Folds) -> None:
-        for result in score_folds(task, folds, schedules[point["index"]], plan, run, point["index"]):
+        for result in score_folds(task, folds, schedules[point["index"]], plan, point["index"]):
             tune.report({**result, "index": point["index"]})
 
     # Tune wants a trial to reserve something; a little memory leaves all CPUs to the workers.
@@ -46,11 +44,13 @@ def run_training_trials(
     scheduler = ASHAScheduler(
         metric="log_loss", mode="min", max_t=len(folds.repeated), grace_period=config.folds, reduction_factor=2
     )
-    results = tune_all(trainable, len(schedules), run, scheduler=scheduler, max_concurrent_trials=num_concurrent)
-    for events in (run / STATE_FOLDER).glob("*/events.out.tfevents*"):
-        target = run / "tensorboard" / events.parent.name
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(events, target)
+    results = tune_all(trainable, len(schedules), task.run, scheduler=scheduler, max_concurrent_trials=num_concurrent)
+    for trial in (task.run / STATE_FOLDER).iterdir():
+        for file in trial.iterdir() if trial.is_dir() else ():
+            if file.name.startswith("events.out.tfevents"):
+                target = task.run / "tensorboard" / trial.name / file.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
     return results
 
 
@@ -71,7 +71,7 @@ def pack_trials(plan: Plan) -> tuple[Plan, int]:
 
 
 def score_folds(
-    task: Task, folds: Folds, schedule: dict[str, Any], plan: Plan, run: Path, index: int
+    task: Task, folds: Folds, schedule: dict[str, Any], plan: Plan, index: int
 ) -> Iterator[dict[str, Any]]:
     """Trains fold by fold; after each yields the scores so far, as `score_schedule` does of all at once."""
     samples, num_folds = task.dataset.train, cast(TuneConfig, task.config).folds
@@ -81,9 +81,9 @@ def score_folds(
     fold_losses: list[float] = []
     for place, (kept, held) in enumerate(folds.repeated):
         dataset = replace(task.dataset, train=tuple(samples[i] for i in kept), val=tuple(samples[i] for i in held))
-        fold = replace(task, config=replace(task.config, **schedule), dataset=dataset)
-        folder = run / STATE_FOLDER / "folds" / f"{index}-{place}"
-        logits = run_loop(train, fold, plan, folder).val_logits
+        folder = task.run / STATE_FOLDER / "folds" / f"{index}-{place}"
+        fold = replace(task, config=replace(task.config, **schedule), dataset=dataset, run=folder)
+        logits = run_loop(train, fold, plan).val_logits
         labels = labels_of(dataset.val)
         losses[place // num_folds, held] = cross_entropy(logits, labels, reduction="none").numpy()
         is_right[place // num_folds, held] = (logits.argmax(1) == labels).numpy()

@@ -1,13 +1,14 @@
 """The only place that builds a Tuner."""
 
-from pathlib import Path
 from typing import Any
+
+from plates.storage import Place
 
 STATE_FOLDER = ".ray_tune"  # Tune's own bookkeeping inside the run directory, gone when the sweep is done
 
 
 def tune_all(
-    trainable: Any, num_trials: int, run: Path, *, callbacks: list[Any] | None = None, **options: Any
+    trainable: Any, num_trials: int, run: Place, *, callbacks: list[Any] | None = None, **options: Any
 ) -> list[dict[str, Any]]:
     """Runs trials {"index": 0…} by Tune, or resumes them, and returns their last results in trial order.
 

@@ -1,12 +1,12 @@
 """What runs on each worker: the ways of training, and what the group hands back."""
 
-import socket
 import time
 from typing import Any
 
 import numpy as np
 import torch
 
+from plates.cluster import this_node
 from plates.dataset import Dataset
 from plates.features import Features
 from plates.model import build_classifier, dtype_name, resolve_precision
@@ -50,7 +50,7 @@ def time_worker(worker: Worker, startup_s: float, phases: Phases, num_images: in
     """This worker's row of timing.csv, without its prediction."""
     return {
         "rank": worker.rank,
-        "node": socket.gethostname(),
+        "node": this_node(worker.is_ray),
         "device": worker.device.type,
         "device_name": device_name(worker.device),
         "startup_s": startup_s,

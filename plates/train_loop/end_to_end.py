@@ -14,6 +14,7 @@ from plates.head import epoch_order
 from plates.model import Classifier, set_trainable
 from plates.timing import Phases
 from plates.train_loop.group import Worker, all_reduce_sum, gather, interleave, labels_of, progress, shard
+from plates.train_loop.resume import SavedState
 from plates.train_loop.task import Fitted, Task
 from plates.transforms import Preprocessing, draw_view, eval_batch, train_batch
 
@@ -46,7 +47,7 @@ def train_end_to_end(task: Task, worker: Worker, model: Classifier, dtype: torch
     parameters = set_trainable(model, task.config.trainable)
     cache = ImageCache(task.dataset.source)
     with phases.measure("data"):
-        warm(cache, [*task.dataset.train, *task.dataset.val])
+        warm(cache, [*task.dataset.train, *task.dataset.val], worker.device)
     with phases.measure("train"), torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
         history, num_images = train_epochs(task, worker, model, parameters, cache)
         val_logits = evaluate(model, task.dataset.val, cache, task.preprocessing, worker)
@@ -64,9 +65,11 @@ def train_epochs(
     config, dataset = task.config, task.dataset
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
+    state = SavedState(task, parameters, optimizer, scheduler)
+    history, num_images = state.restore(worker), 0
     forward = DistributedDataParallel(model, forward_sync_buffers=False) if dist.is_initialized() else model
-    history, num_images = [], 0
-    for epoch in progress(range(config.epochs), config.epochs, "training", "epoch", worker):
+    epochs = range(len(history), config.epochs)
+    for epoch in progress(epochs, len(epochs), "training", "epoch", worker):
         lr = optimizer.param_groups[0]["lr"]
         sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
         for batch, labels, global_count in train_batches(task, worker, epoch, cache):
@@ -93,6 +96,8 @@ def train_epochs(
                 "val/accuracy": val_accuracy,
             }
         )
+        if worker.rank == 0:
+            state.save(history, is_last=epoch == config.epochs - 1)
     return history, num_images
 
 
@@ -116,7 +121,7 @@ def train_batches(task: Task, worker: Worker, epoch: int, cache: ImageCache) -> 
         batch = train_batch(images, views, task.preprocessing, worker.device)
         return batch, labels_of(mine).to(worker.device), len(whole)
 
-    yield from prefetch(load, range(0, len(order), config.global_batch_size), num_ahead=2)
+    yield from prefetch(load, range(0, len(order), config.global_batch_size), num_ahead=2, device=worker.device)
 
 
 @torch.inference_mode()
@@ -132,8 +137,8 @@ def evaluate(
     return torch.cat(logits)
 
 
-def warm(cache: ImageCache, samples: Sequence[Sample]) -> None:
+def warm(cache: ImageCache, samples: Sequence[Sample], device: torch.device) -> None:
     """Decodes images ahead of the first epoch until the cache's budget is spent."""
-    for image in prefetch(lambda sample: cache.read(sample.path), samples, num_ahead=8):
+    for image in prefetch(lambda sample: cache.read(sample.path), samples, num_ahead=8, device=device):
         if image.nbytes > cache.num_free_bytes:
             return

@@ -1,12 +1,15 @@
 """The frozen trunk: features computed by all workers once, the head fitted on them by rank 0."""
 
+from itertools import chain
 from math import nan
 
 import torch
+from torch import Tensor
 
 from plates.features import (
     Features,
     FrozenTrunk,
+    Parts,
     compute_eval,
     compute_views,
     features_key,
@@ -16,7 +19,7 @@ from plates.features import (
 from plates.head import Heads, HeadSettings, fit_heads
 from plates.model import Classifier, dtype_name
 from plates.timing import Phases
-from plates.train_loop.group import Worker, broadcast, gather, interleave, labels_of, progress, shard, stack_rows
+from plates.train_loop.group import Worker, all_gather, broadcast, gather, labels_of, progress, shard
 from plates.train_loop.task import Fitted, Task
 
 
@@ -74,19 +77,51 @@ def shared_features(
         stored = load_features(path, num_views, len(dataset.train), len(dataset.val))
     if broadcast(stored is not None):
         return stored, True
-    trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, dtype)
-    mine, my_val = shard(dataset.train, worker), shard(dataset.val, worker)
-    computed = compute_views(trunk, dataset.source, mine, config.seed, num_views)
-    train_rows = list(progress(computed, len(mine), f"features in {dtype_name(dtype)}", "image", worker))
-    val_rows = [row[0] for row in compute_eval(trunk, dataset.source, my_val)]
+    parts = Parts(task.cache_root / "features" / f"{key}.parts")
+    rows = compute_rows(task, worker, FrozenTrunk(model.trunk, task.preprocessing, worker.device, dtype), parts)
     num_features = model.head.in_features
-    shards = gather((stack_rows(train_rows, (num_views, num_features)), stack_rows(val_rows, (num_features,))))
-    if worker.rank:
-        return None, False
-    train_features, val_features = (interleave(parts) for parts in zip(*shards, strict=True))
-    features = Features(train_features.transpose(0, 1).contiguous(), val_features)
-    save_features(path, features)
+    flat = [row.reshape(-1, num_features) for row in rows.values()]
+    shards = gather((list(rows), torch.cat(flat) if flat else torch.zeros((0, num_features))))
+    features = None
+    if worker.rank == 0:
+        num_train = len(dataset.train)
+        whole: dict[int, Tensor] = {}
+        for indices, part in shards:
+            whole |= zip(indices, part.split([num_views if i < num_train else 1 for i in indices]), strict=True)
+        train, val = [whole[i] for i in range(num_train)], [whole[i] for i in range(num_train, len(whole))]
+        features = Features(torch.stack(train, dim=1), torch.cat(val))
+        save_features(path, features)
+    broadcast(True)  # the whole is stored
+    parts.remove()
     return features, False
+
+
+def compute_rows(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) -> dict[int, Tensor]:
+    """This worker's rows by number, training images first: those of a run cut off that it can see, and its share of
+    the missing ones, which it stores as it goes."""
+    config, dataset = task.config, task.dataset
+    found = parts.load()
+    seen = all_gather(list(found))
+    claimed = {index for indices in seen[: worker.rank] for index in indices}
+    rows = {index: row for index, row in found.items() if index not in claimed}
+    known = {index for indices in seen for index in indices}
+    num_train = len(dataset.train)
+    samples = [*dataset.train, *dataset.val]
+    missing_train = shard([i for i in range(num_train) if i not in known], worker)
+    missing_val = shard([i for i in range(num_train, len(samples)) if i not in known], worker)
+    views = compute_views(
+        trunk,
+        dataset.source,
+        [samples[i] for i in missing_train],
+        config.seed,
+        config.num_views or config.epochs,
+    )
+    bar = progress(views, len(missing_train), f"features in {dtype_name(trunk.dtype)}", "image", worker)
+    evals = compute_eval(trunk, dataset.source, [samples[i] for i in missing_val])
+    for index, row in zip([*missing_train, *missing_val], chain(bar, evals), strict=True):
+        parts.add(index, row)
+        rows[index] = row
+    return rows
 
 
 def history_of(heads: Heads, head: int = 0) -> list[dict[str, float]]:

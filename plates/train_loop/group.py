@@ -24,8 +24,8 @@ class Worker:
     is_ray: bool
 
 
-def shard(samples: Sequence[Sample], worker: Worker) -> Sequence[Sample]:
-    return samples[worker.rank :: worker.world_size]
+def shard(items: Sequence[ItemT], worker: Worker) -> Sequence[ItemT]:
+    return items[worker.rank :: worker.world_size]
 
 
 def interleave(shards: Sequence[Tensor]) -> Tensor:
@@ -34,11 +34,6 @@ def interleave(shards: Sequence[Tensor]) -> Tensor:
     for rank, part in enumerate(shards):
         whole[rank :: len(shards)] = part
     return whole
-
-
-def stack_rows(rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """(n, *shape) of a worker's rows; n may be 0."""
-    return torch.stack(rows) if rows else torch.zeros((0, *shape))
 
 
 def labels_of(samples: Sequence[Sample]) -> Tensor:
@@ -62,7 +57,16 @@ def gather(value: Any) -> list[Any]:
     return values or []
 
 
-def broadcast(value: bool) -> bool:
+def all_gather(value: ItemT) -> list[ItemT]:
+    """Every worker's value by rank, on every worker."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: ItemT) -> ItemT:
     """Rank 0's value, on every worker."""
     values = [value]
     if dist.is_initialized():

@@ -1,7 +1,6 @@
 """What a run is, the same on every worker, and what it gives."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from plates.config import TrainConfig
 from plates.dataset import Dataset
 from plates.model import Weights
+from plates.storage import Place
 from plates.transforms import Preprocessing
 
 
@@ -21,7 +21,8 @@ class Task:
     weights: Weights
     preprocessing: Preprocessing
     digests: dict[str, str]
-    cache_root: Path
+    cache_root: Place
+    run: Place
     submitted_at: float
 
 

@@ -35,7 +35,7 @@ def train_whole_loop(config, tmp_path):
     dataset, _, digests = check_dataset(load_dataset(config.data, config.seed), False)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    task = make_task(config, dataset, digests, weights, preprocessing)
+    task = make_task(config, dataset, digests, weights, preprocessing, tmp_path)
     model = build_classifier(weights.backbone, weights.state, len(dataset.classes), config.seed)
     worker = Worker(0, 1, CPU, is_ray=False)
     fitted = train_end_to_end(task, worker, model, torch.float32, Phases())

@@ -37,7 +37,7 @@ def train_on(num_workers: int, config: TrainConfig, run) -> Trained:
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     plan = Plan(num_workers, "cpu", 1, "test")
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    return run_loop(train, make_task(config, dataset, digests, weights, preprocessing), plan, run)
+    return run_loop(train, make_task(config, dataset, digests, weights, preprocessing, run), plan)
 
 
 def assert_same(one: Trained, other: Trained, tolerance: float) -> None:
@@ -207,6 +207,8 @@ def test_a_worker_that_cannot_read_the_data_is_named(folder, tmp_path, local_ray
     dataset, _, digests = check_dataset(load_dataset(str(folder), 0), False)
     (folder / "train" / "dirty" / "1.png").unlink()
     weights = resolve_weights("resnet18", "none", 0)
-    task = make_task(replace(CONFIG, data=str(folder)), dataset, digests, weights, preprocessing_of("resnet18", 32))
+    task = make_task(
+        replace(CONFIG, data=str(folder)), dataset, digests, weights, preprocessing_of("resnet18", 32), tmp_path
+    )
     with pytest.raises(UserError, match="a worker cannot read an image"):
-        run_loop(train, task, Plan(2, "cpu", 1, "test"), tmp_path)
+        run_loop(train, task, Plan(2, "cpu", 1, "test"))

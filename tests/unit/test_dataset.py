@@ -174,9 +174,15 @@ def test_drawings_are_a_function_of_the_seed():
     assert all(s.label is None for s in one.test)
 
 
-def test_prefetch_keeps_order_and_stays_near():
-    started = []
-    items = prefetch(lambda i: started.append(i) or i * i, range(100), num_ahead=4)
-    assert next(items) == 0
-    assert len(started) <= 6
-    assert list(items) == [i * i for i in range(1, 100)]
+@pytest.mark.parametrize(("num_threads", "most_ahead"), [(1, 1), (2, 6)])
+def test_prefetch_keeps_order_and_stays_near(num_threads, most_ahead):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        started = []
+        items = prefetch(lambda i: started.append(i) or i * i, range(100), 4, torch.device("cpu"))
+        assert next(items) == 0
+        assert len(started) <= most_ahead
+        assert list(items) == [i * i for i in range(1, 100)]
+    finally:
+        torch.set_num_threads(before)

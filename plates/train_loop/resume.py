@@ -1,0 +1,82 @@
+"""The state of end-to-end training, stored between epochs: a run that is cut off goes on from its last one."""
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import torch
+from safetensors.torch import load, save_file
+from torch import nn
+
+from plates.rundir import STATE_FILE, write_whole
+from plates.train_loop.group import Worker, broadcast
+from plates.train_loop.task import Task
+
+SECONDS_PER_STATE = 30.0  # of training that a run may lose
+History = list[dict[str, float]]
+
+
+class SavedState:
+    """Parameters, Adam's moments, the schedule and the history after an epoch, in one safetensors file.
+
+    It is taken up only by a run of the same settings over the same image contents.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Adam,
+        scheduler: torch.optim.lr_scheduler.StepLR,
+    ) -> None:
+        self.path = task.run / STATE_FILE
+        labelled = [task.dataset.train, task.dataset.val]
+        what = [repr(task.config), repr(labelled), [task.digests[s.path] for part in labelled for s in part]]
+        self.key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.saved_at = time.monotonic()
+
+    def save(self, history: History, is_last: bool) -> None:
+        """After an epoch, on rank 0: stores the state where enough was trained that could be lost."""
+        if not is_last and time.monotonic() - self.saved_at < SECONDS_PER_STATE:
+            return
+        tensors = {f"parameter/{i}": p.detach().cpu().contiguous() for i, p in enumerate(self.parameters)}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}/{i}": value.cpu().contiguous() for name, value in moments.items()}
+        told = {"key": self.key, "history": history, "scheduler": self.scheduler.state_dict()}
+        metadata = {"state": json.dumps(told)}
+        write_whole(self.path, lambda file: save_file(tensors, file, metadata))
+        self.saved_at = time.monotonic()
+
+    def restore(self, worker: Worker) -> History:
+        """Takes up what rank 0 finds, on every worker; the history so far, empty where nothing is found."""
+        found = broadcast(self.path.read_bytes() if worker.rank == 0 and self.path.exists() else None)
+        told = read_metadata(found) if found else None
+        if not found or not told or told["key"] != self.key:
+            return []
+        tensors = load(found)
+        groups = self.optimizer.state_dict()["param_groups"]
+        states: dict[int, dict[str, Any]] = {}
+        for name, value in tensors.items():
+            kind, _, index = name.partition("/")
+            if kind == "parameter":
+                with torch.no_grad():
+                    self.parameters[int(index)].copy_(value)
+            else:
+                states.setdefault(int(index), {})[kind] = value
+        groups[0]["lr"] = told["scheduler"]["_last_lr"][0]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        self.scheduler.load_state_dict(told["scheduler"])
+        return told["history"]
+
+
+def read_metadata(data: bytes) -> dict[str, Any] | None:
+    """What `save` told beside the tensors; None where the file is not one of these."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["state"])
+    except (ValueError, KeyError):
+        return None

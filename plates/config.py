@@ -1,5 +1,7 @@
 """Every setting, once: the dataclasses that become the flags, and how a job starts and ends."""
 
+import errno
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -202,12 +204,23 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> Config
 def run_job(
     job: Callable[[ConfigT], int], config_class: type[ConfigT], prog: str, argv: Sequence[str] | None = None
 ) -> int:
-    """Parses the flags, runs the job and returns the exit code: 2 with one line for a user's mistake."""
+    """Parses the flags, runs the job and returns the exit code: 2 with one line for a user's mistake.
+
+    SIGTERM ends a job as Ctrl-C does: what is unfinished stays, and the same command takes it up.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return job(parse(config_class, sys.argv[1:] if argv is None else argv, prog))
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        print(f"{prog}: interrupted; the same command with the same --out goes on", file=sys.stderr)
         return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{prog}: {error.strerror}: {error.filename}; make room, then run it again", file=sys.stderr)
+        return EXIT_FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)

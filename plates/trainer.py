@@ -88,9 +88,9 @@ def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan:
             return fit(what, plan, task.run)
         except TrainingFailedError as error:
             failures = failures_of(error)
-            unreadable = [failure for failure in failures if isinstance(failure, UnreadableImageError)]
-            if unreadable or num_lost > MAX_RESTARTS or not any(map(is_lost_worker, failures)):
-                raise (unreadable or [error])[0] from error
+            told = [failure for failure in failures if isinstance(failure, OSError)]  # an image, a full disk
+            if told or num_lost > MAX_RESTARTS or not any(map(is_lost_worker, failures)):
+                raise (told or [error])[0] from error
             plan = shrink(plan)
             said = str(failures[0]).strip().splitlines()[0]
             print(f"a worker was lost ({said}); going on with {plan.num_workers} workers", flush=True)

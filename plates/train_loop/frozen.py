@@ -59,7 +59,7 @@ def shared_features(
 ) -> tuple[Features | None, bool]:
     """All features on rank 0 (None on the others), stored or computed now, each worker its share of the images.
 
-    Returns: the features, and whether they were stored before.
+    Returns: the features, and whether they, or a part of them, were stored before.
     """
     config, dataset = task.config, task.dataset
     num_views = config.num_views or config.epochs
@@ -78,7 +78,8 @@ def shared_features(
     if broadcast(stored is not None):
         return stored, True
     parts = Parts(task.cache_root / "features" / f"{key}.parts")
-    rows = compute_rows(task, worker, FrozenTrunk(model.trunk, task.preprocessing, worker.device, dtype), parts)
+    trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, dtype)
+    rows, is_continued = compute_rows(task, worker, trunk, parts)
     num_features = model.head.in_features
     flat = [row.reshape(-1, num_features) for row in rows.values()]
     shards = gather((list(rows), torch.cat(flat) if flat else torch.zeros((0, num_features))))
@@ -93,12 +94,12 @@ def shared_features(
         save_features(path, features)
     broadcast(True)  # the whole is stored
     parts.remove()
-    return features, False
+    return features, is_continued
 
 
-def compute_rows(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) -> dict[int, Tensor]:
+def compute_rows(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) -> tuple[dict[int, Tensor], bool]:
     """This worker's rows by number, training images first: those of a run cut off that it can see, and its share of
-    the missing ones, which it stores as it goes."""
+    the missing ones, which it stores as it goes; and whether any worker saw some of a run cut off."""
     config, dataset = task.config, task.dataset
     found = parts.load()
     seen = all_gather(list(found))
@@ -121,7 +122,7 @@ def compute_rows(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) -
     for index, row in zip([*missing_train, *missing_val], chain(bar, evals), strict=True):
         parts.add(index, row)
         rows[index] = row
-    return rows
+    return rows, bool(known)
 
 
 def history_of(heads: Heads, head: int = 0) -> list[dict[str, float]]:

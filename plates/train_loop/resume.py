@@ -13,7 +13,7 @@ from plates.rundir import STATE_FILE, write_whole
 from plates.train_loop.group import Worker, broadcast
 from plates.train_loop.task import Task
 
-SECONDS_PER_STATE = 30.0  # of training that a run may lose
+SECONDS_PER_STATE = 10.0  # of training that a run may lose
 History = list[dict[str, float]]
 
 

@@ -1,17 +1,21 @@
 """What the machine or the cluster has, and what a job will use of it."""
 
+import json
 import logging
 import os
 import socket
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, cast
 
 import torch
 
 from plates.config import UserError
 
 WAIT_FOR_NODES_S = 20.0
+AUTOSCALER_ANSWERS_S = 20.0  # in which an autoscaler that can help has nodes on their way
+SCALE_UP_S = 1200.0
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -52,6 +56,8 @@ def plan_job(num_workers: Literal["auto"] | int, device: str, cpus_per_worker: i
         return plan_here(device, reason)
     start_ray()
     nodes = list_nodes()
+    if num_workers != "auto" and is_in_cluster():
+        nodes = scale_up(num_workers, device, nodes)
     plan = plan_workers(num_workers, device, nodes)
     if cpus_per_worker is None:
         return plan
@@ -114,6 +120,60 @@ def share_cpus(num_workers: int, device: str, nodes: list[Node]) -> int | None:
     return None
 
 
+def scale_up(num_workers: int, device: str, nodes: list[Node]) -> list[Node]:
+    """The nodes when the cluster has room for the workers, its autoscaler asked for what is missing.
+
+    GPUs are asked for where the device may be one and the CPUs there are do not hold the workers. Where no node is on
+    its way after some seconds, the nodes are returned as they are.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = "cuda" if device != "cpu" and (device == "cuda" or any(node.num_gpus for node in nodes)) else "cpu"
+    if share_cpus(num_workers, wanted, nodes):
+        return nodes
+    for kind in ("cuda", "cpu") if device == "auto" else (device,):
+        bundle = {"CPU": 1, "GPU": 1} if kind == "cuda" else {"CPU": 1}
+        request_resources(bundles=[bundle] * num_workers)
+        try:
+            nodes = wait_for_room(num_workers, kind)
+        finally:
+            request_resources(bundles=[])  # else it would hold the nodes for ever; from here on the job does
+        if share_cpus(num_workers, kind, nodes):
+            break
+    return nodes
+
+
+def wait_for_room(num_workers: int, device: str) -> list[Node]:
+    """Waits while nodes are on their way, and returns those alive then."""
+    began_s = coming_s = time.monotonic()
+    num_said = 0
+    while True:
+        time.sleep(1)
+        nodes, num_coming, now_s = list_nodes(), count_coming(), time.monotonic()
+        if num_coming:
+            coming_s = now_s
+            if num_coming != num_said:
+                print(f"the cluster starts {num_coming} nodes for {num_workers} workers", flush=True)
+                num_said = num_coming
+        is_over = now_s - coming_s > AUTOSCALER_ANSWERS_S / 2 or now_s - began_s > SCALE_UP_S
+        if is_over or share_cpus(num_workers, device, nodes):
+            return nodes
+
+
+def count_coming() -> int:
+    """Nodes that the cluster's autoscaler has asked its provider for and that have not joined yet."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2():
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        return len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
+    report = json.loads(_internal_kv_get("__autoscaling_status") or b"{}").get("autoscaler_report") or {}
+    return len(report.get("pending_nodes", [])) + sum(report.get("pending_launches", {}).values())
+
+
 def shrink(plan: Plan) -> Plan:
     """The plan with no more workers than the nodes alive now have room for, and at least one."""
     nodes = list_nodes()
@@ -138,12 +198,15 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    token = find_token()
+    if token:  # a cluster that was started where a token lies asks for it, and Ray's drivers do not offer it
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
-    check_address(address)
+    check_address(address, token)
     try:
         ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -152,27 +215,46 @@ def start_ray() -> None:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
 
 
-def check_address(address: str) -> None:
-    """Raises: UserError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():
+def find_token() -> str | None:
+    """The cluster's token, where Ray looks for it."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else None)
+
+
+def check_address(address: str, token: str | None) -> None:
+    """Raises: UserError where no Ray of this version lets us in at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "://" in address:
         return
+    import grpc
+    import ray
+    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ignore[reportAttributeAccessIssue]
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        stub = NodeInfoGcsServiceStub(grpc.insecure_channel(address))
+        there = stub.CheckAlive(CheckAliveRequest(), timeout=CONNECT_TIMEOUT_S, metadata=metadata)
     except OSError as error:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
+    except grpc.RpcError as error:
+        said = cast(grpc.Call, error).details()
+        rule = "; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's" if "oken" in said else ""
+        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster lets us in there ({said}{rule})") from error
+    if there.ray_version != ray.__version__:
+        raise UserError(f"RAY_ADDRESS {address}: runs Ray {there.ray_version}, this machine {ray.__version__}")
 
 
 def list_nodes() -> list[Node]:
-    """Nodes alive now; a cluster that has just started is given a moment to show one with CPUs."""
+    """Nodes alive now; a cluster that has just started is given a moment to show one."""
     import ray
 
     deadline_s = time.monotonic() + WAIT_FOR_NODES_S
     while True:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        nodes = [Node(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in alive]
-        if any(node.num_cpus or node.num_gpus for node in nodes) or time.monotonic() > deadline_s:
-            return nodes
+        if alive or time.monotonic() > deadline_s:
+            return [Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in alive]
         time.sleep(0.5)
 
 
@@ -182,7 +264,7 @@ def this_node(is_ray: bool) -> str:
         return socket.gethostname()
     import ray
 
-    return f"{socket.gethostname()}:{ray.get_runtime_context().get_node_id()[:8]}"
+    return f"{socket.gethostname()}:{ray.get_runtime_context().get_node_id()[-8:]}"
 
 
 def count_devices() -> tuple[int, int]:

@@ -20,7 +20,7 @@ from plates.transforms import Preprocessing
 
 ResultT = TypeVar("ResultT")
 STATE_FOLDER = ".ray_train"  # Ray Train's own bookkeeping inside the run directory, gone when the run is done
-MAX_RESTARTS = 20  # after lost workers, before a run gives up
+MAX_RESTARTS = 8  # after lost workers, before a run gives up
 
 
 def make_task(
@@ -92,8 +92,7 @@ def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan:
             if told or num_lost > MAX_RESTARTS or not any(map(is_lost_worker, failures)):
                 raise (told or [error])[0] from error
             plan = shrink(plan)
-            said = str(failures[0]).strip().splitlines()[0]
-            print(f"a worker was lost ({said}); going on with {plan.num_workers} workers", flush=True)
+            print(f"a worker was lost; going on with {plan.num_workers} workers", flush=True)
         finally:
             remove_tree(task.run / STATE_FOLDER)
     raise AssertionError("the loop above returns or raises")
@@ -134,15 +133,16 @@ def fit(what: Any, plan: Plan, run: Place) -> Any:
 
 
 def failures_of(error: Exception) -> list[Exception]:
-    """What went wrong on the workers, or in Ray Train's controller."""
-    failures = [*getattr(error, "worker_failures", {}).values()] or [getattr(error, "controller_failure", error)]
+    """What went wrong on the workers; the error itself where Ray Train's controller failed."""
+    failures = [*getattr(error, "worker_failures", {}).values()] or [error]
     return [getattr(failure, "cause", failure) for failure in failures]
 
 
 def is_lost_worker(failure: Exception) -> bool:
-    """Whether a process or node went away, which the other workers see as a broken connection."""
+    """Whether a process or node went away, in work or while the group was started; the other workers see that as a
+    broken connection."""
     from ray.exceptions import RayError
-    from ray.train.v2.api.exceptions import ControllerError
+    from ray.train import ControllerError
     from torch.distributed import DistBackendError
 
     is_broken_connection = "onnection" in str(failure) and type(failure) in (RuntimeError, DistBackendError)

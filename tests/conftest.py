@@ -1,6 +1,9 @@
 """What tests share: real photos where they are, small folders of pictures, one local Ray."""
 
 import os
+import random
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +62,24 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, object_store_memory=200_000_000, logging_level=logging.ERROR)
     yield
     ray.shutdown()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens at now, below those that the system hands out by itself."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) and port not in ports:
+                ports.append(port)
+    return ports
+
+
+def wait_for_port(port: int, timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        with socket.socket() as one:
+            if not one.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.2)
+    raise TimeoutError(f"nothing listens at port {port}")

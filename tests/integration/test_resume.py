@@ -1,7 +1,6 @@
 """A run that is cut off goes on from what it stored, and ends as if nothing had happened."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -110,9 +109,10 @@ def test_a_stopped_run_goes_on_and_a_second_one_beside_it_is_refused(tmp_path):
     assert "Traceback" not in said
     assert json.loads((out / "config.json").read_text())["status"] == "unfinished"
     third = start(out)
-    assert third.communicate(timeout=200) and third.returncode == 0
+    third.communicate(timeout=200)
+    assert third.returncode == 0
     assert len(pd.read_csv(out / "predictions.csv")) == 24
-    assert not [name for name in os.listdir(out) if name.startswith(".")]
+    assert not list(out.glob(".*"))
 
 
 def test_a_full_disk_is_one_message(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,79 @@
+"""A cluster that starts from nothing, by Ray's own autoscaler over nodes that it fakes on this machine."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from conftest import free_ports, wait_for_port
+
+SMALL = ["--data", "synthetic:8", "--backbone", "resnet18", "--weights", "none", "--image-size", "32"]
+SMALL += ["--epochs", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def growing_cluster() -> Iterator[str]:
+    """A head without CPUs; at most two nodes of one CPU come when asked for."""
+    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+    port, others = 6379, free_ports(5)  # the port is fixed in Ray's fake provider
+    node = {"node_config": {}, "resources": {"CPU": 1, "object_store_memory": 100_000_000}}
+    config = {
+        "cluster_name": "growing",
+        "max_workers": 2,
+        "idle_timeout_minutes": 5,
+        "provider": {"type": "fake_multinode"},
+        "available_node_types": {
+            "ray.head.default": {"node_config": {}, "resources": {"CPU": 0}, "max_workers": 0},
+            "worker": {**node, "min_workers": 0, "max_workers": 2},
+        },
+        "head_node_type": "ray.head.default",
+    }
+    lists = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
+             "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude",
+             "rsync_filter"]  # fmt: skip
+    config |= {name: [] for name in lists}
+    config |= {"auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False}
+    config |= {"upscaling_speed": 1.0}
+    (folder / "growing.yaml").write_text(json.dumps(config))
+    names = ["ray-client-server-port", "dashboard-port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port",
+             "metrics-export-port"]  # fmt: skip
+    command = ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={port}", f"--temp-dir={folder}/ray"]
+    command += [f"--{name}={number}" for name, number in zip(names, others, strict=True)]
+    command += [f"--autoscaling-config={folder}/growing.yaml", "--object-store-memory=100000000"]
+    environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    with (folder / "log").open("w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    wait_for_port(port)
+    yield f"127.0.0.1:{port}"
+    os.killpg(head.pid, signal.SIGTERM)
+    head.wait(30)
+    for process in psutil.process_iter(["cmdline"]):  # the fake nodes are no children of the head
+        if str(folder) in " ".join(process.info["cmdline"] or []):
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def train(address: str, out: Path, num_workers: int) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "ray_jobs.train", *SMALL, "--num-workers", str(num_workers), "--out", str(out)]
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_workers_bring_up_the_nodes_they_need(growing_cluster, tmp_path):
+    done = train(growing_cluster, tmp_path / "run", 2)
+    assert done.returncode == 0, done.stderr
+    assert "the cluster starts" in done.stdout
+    assert pd.read_csv(tmp_path / "run" / "timing.csv").iloc[1:]["node"].nunique() == 2
+    more = train(growing_cluster, tmp_path / "more", 9)
+    assert more.returncode == 2
+    assert "--num-workers 9" in more.stderr

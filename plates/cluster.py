@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,14 +199,14 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-    token = find_token()
-    if token:  # a cluster that was started where a token lies asks for it, and Ray's drivers do not offer it
+    address, token = os.environ.get("RAY_ADDRESS") or "local", find_token()
+    if token and address != "local" and "ray" not in sys.modules:  # read when Ray is imported
+        # A cluster that was started where a token lies asks for it; Ray's drivers do not offer it by themselves.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS") or "local"
     check_address(address, token)
     try:
         ray.init(address=address, logging_level=logging.WARNING)

@@ -182,6 +182,31 @@ class PredictConfig(WorkerConfig, DataConfig):
             raise UserError("--checkpoint is empty: give RUN/checkpoint")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Check what a job would run on, and that every node can do its part: a table, exit code 2 where one cannot.
+
+    plates check --address HOST:6379 --num-workers 8 --data /nfs/PHOTOS --out /nfs/runs/a
+    """
+
+    address: str | None = None
+    """Ray cluster, HOST:PORT [default: RAY_ADDRESS, else this machine]."""
+    data: str = "synthetic"
+    """Images that every node must be able to read."""
+    out: str | None = None
+    """Run directory of the job to come, beside which every node must be able to write [default: here]."""
+    num_workers: NumWorkers = "auto"
+    """Ray workers of the job to come."""
+    device: Device = "auto"
+    """Their device."""
+
+    def __post_init__(self) -> None:
+        DataConfig(data=self.data, out=self.out)
+        WorkerConfig(num_workers=self.num_workers, device=self.device)
+        if self.address and "://" in self.address:
+            raise UserError(f"--address {self.address}: give HOST:PORT, or plates submit check --address URL")
+
+
 def require(flag: str, value: object, is_met: bool, rule: str) -> None:
     """Raises: UserError naming the flag, its value and the rule, unless the rule is met."""
     if not is_met:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import platform
 import socket
@@ -83,8 +84,13 @@ def is_held(holder: dict[str, Any], me: dict[str, Any], age_s: float) -> bool:
 
 def keep_lock(path: Place) -> None:
     """Gives a sign of life until the lock is gone."""
-    while path.exists():
-        path.touch()
+    while True:
+        try:
+            if not path.exists():
+                return
+            path.touch()
+        except OSError as error:  # of a store that does not answer now; the next sign may reach it
+            logging.getLogger(__name__).warning("%s: no sign of life (%s)", path, error)
         time.sleep(BEAT_S)
 
 

@@ -8,6 +8,7 @@ JOBS = {
     "tune": "sweep lr and StepLR, retrain the winner, report",
     "predict": "batch inference from a checkpoint",
     "benchmark": "the same work on each device and number of workers, as one table",
+    "check": "preflight of a cluster, as a table",
     "submit": "send any of these to a cluster and follow it",
 }
 

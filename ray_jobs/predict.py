@@ -12,6 +12,7 @@ def run_prediction(config: PredictConfig) -> int:
     from plates.checkpoint import load_bundle
     from plates.dataset import load_test_split
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
+    from plates.preflight import check_nodes
     from plates.report import summary_table, write_report
     from plates.storage import place_of
     from plates.timing import Phases, process_age_s, timing_table
@@ -29,6 +30,7 @@ def run_prediction(config: PredictConfig) -> int:
     if not dataset.test:
         raise UserError(f"--data {config.data}: has no test/ folder with images to predict")
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker)
+    check_nodes(plan, dataset, run)
     resolved = {
         "backbone": bundle.backbone,
         "backbone_reason": bundle.info.get("backbone_reason", ""),

@@ -11,13 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plates.config import EXIT_FAILED, BenchmarkConfig, PredictConfig, TrainConfig, TuneConfig, UserError, run_job
+from plates.config import (
+    EXIT_FAILED,
+    BenchmarkConfig,
+    CheckConfig,
+    PredictConfig,
+    TrainConfig,
+    TuneConfig,
+    UserError,
+    run_job,
+)
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 JobConfig = TrainConfig | PredictConfig | BenchmarkConfig
-CONFIGS = {"train": TrainConfig, "tune": TuneConfig, "predict": PredictConfig, "benchmark": BenchmarkConfig}
+CONFIGS = {"train": TrainConfig, "tune": TuneConfig, "predict": PredictConfig, "benchmark": BenchmarkConfig,
+           "check": CheckConfig}  # fmt: skip
 # In a .gitignore's words. Beside ray_jobs may lie a user's data or all of site-packages: this project alone is sent.
 EXCLUDES = ["/*", "!/.", "!/plates", "!/ray_jobs", "__pycache__"]
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, LOST_S = 5.0, 30.0, 120.0

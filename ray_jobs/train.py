@@ -16,6 +16,7 @@ def train(config: TrainConfig) -> int:
     from plates.metrics import score
     from plates.model import preprocessing_of, resolve_weights
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
+    from plates.preflight import check_nodes
     from plates.report import summary_table, write_report
     from plates.timing import Phases, process_age_s, timing_table
     from plates.train_loop import draw_examples
@@ -28,6 +29,7 @@ def train(config: TrainConfig) -> int:
     with phases.measure("data"):
         dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker)
+    check_nodes(plan, dataset, run)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
     task = make_task(config, dataset, digests, weights, preprocessing, run)

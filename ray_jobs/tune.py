@@ -13,6 +13,7 @@ def tune(config: TuneConfig) -> int:
     from plates.dataset import check_dataset, load_dataset, merge_labelled
     from plates.model import preprocessing_of, resolve_weights
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
+    from plates.preflight import check_nodes
     from plates.report import summary_table, write_report
     from plates.sweep import run_sweep
     from plates.sweep.scores import make_folds
@@ -27,6 +28,7 @@ def tune(config: TuneConfig) -> int:
         dataset = merge_labelled(dataset)
     folds = make_folds(dataset.train, config)
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker)
+    check_nodes(plan, dataset, run)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
     task = make_task(config, dataset, digests, weights, preprocessing, run)

@@ -7,7 +7,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from ray_jobs import train
+from plates import preflight
+from ray_jobs import check, train
 
 SMALL = ["--data", "synthetic:12", "--backbone", "resnet18", "--weights", "none", "--image-size", "32"]
 SMALL += ["--epochs", "2", "--precision", "fp32"]
@@ -35,3 +36,25 @@ def test_workers_spread_over_nodes_and_give_the_same_model(cluster, tmp_path, ca
     both = [pd.read_csv(tmp_path / name / "predictions.csv") for name in ("two", "here")]
     assert list(both[0]["path"]) == list(both[1]["path"])
     assert abs(both[0]["p_dirty"] - both[1]["p_dirty"]).max() < 1e-4
+
+
+def test_preflight_names_the_node_and_what_it_cannot_do(cluster, folder, tmp_path, capsys):
+    flags = ["--num-workers", "2", "--out", str(tmp_path / "run")]
+    assert check.main([*flags, "--data", str(folder)]) == 0
+    table = capsys.readouterr().out
+    assert table.count("none") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    assert check.main([*flags, "--device", "cuda"]) == 2
+    assert "the cluster has no GPU" in capsys.readouterr().err
+
+
+def test_a_node_of_other_versions_or_without_the_folder_is_refused(tmp_path):
+    """The probe itself, as it runs on a node; only a real second machine has another disk."""
+    from plates.dataset import FolderSource
+
+    mine = preflight.versions()
+    probe = preflight.probe_node(
+        "cpu", FolderSource(tmp_path), "train/a.jpg", tmp_path / "not here", {**mine, "torch": "1.0"}, False
+    )
+    assert len(probe.problems) == 3
+    assert f"torch {mine['torch']}, the driver 1.0" in probe.problems[2]

@@ -1,0 +1,114 @@
+"""What every node of a cluster must be able to do, tried before anything is trained."""
+
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plates.cluster import Plan, is_in_cluster, this_node
+from plates.config import UserError
+from plates.dataset import Dataset, Source, UnreadableImageError
+from plates.rundir import versions
+from plates.storage import Place, remove_tree
+
+SHM = Path("/dev/shm")
+MIN_SHM_BYTES = 1 << 30  # of a container: NCCL and Ray's object store share it, and Docker gives 64 MiB
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one node found; each problem is a sentence."""
+
+    node: str
+    device: str
+    shm_bytes: int | None
+    versions: dict[str, str]
+    problems: tuple[str, ...]
+
+
+def check_nodes(plan: Plan, dataset: Dataset, run: Place) -> None:
+    """Tries every node that may get a worker. Raises: UserError naming a node and what it cannot do."""
+    if plan.num_workers == 0 or not is_in_cluster():
+        return
+    for probe in probe_nodes(plan, dataset, run):
+        if probe.problems:
+            raise UserError(f"node {probe.node}: {'; '.join(probe.problems)}")
+
+
+def probe_nodes(plan: Plan, dataset: Dataset, run: Place) -> list[Probe]:
+    """A probe of each node with CPUs or GPUs; of this machine alone where there is no cluster."""
+    folder = run.parent / f".plates-{uuid.uuid4().hex[:8]}"
+    samples = [*dataset.train, *dataset.test][:1]
+    asked = (dataset.source, samples[0].path if samples else None, folder, versions())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "driver").write_bytes(b"driver")
+        if plan.num_workers == 0:
+            return [probe_node(plan.device, *asked, False)]
+        return probe_on_ray(plan, asked, folder)
+    except OSError as error:
+        raise UserError(f"--out {run}: cannot be written ({error.strerror or error})") from error
+    finally:
+        remove_tree(folder)
+
+
+def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Probe]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    waiting = []
+    for node in ray.nodes():
+        has_gpu = node["Resources"].get("GPU", 0) > 0
+        if node["Alive"] and (has_gpu or node["Resources"].get("CPU", 0) > 0):
+            task = ray.remote(num_cpus=0, num_gpus=1 if has_gpu and plan.device == "cuda" else 0)(probe_node)
+            task = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            device = "cuda" if has_gpu and plan.device == "cuda" else "cpu"
+            waiting.append(task.remote(device, *asked, True))  # pyright: ignore[reportCallIssue]
+    probes = ray.get(waiting)
+    written = {path.name for path in folder.iterdir()}
+    unseen = "what it writes beside --out is not seen here; give a folder that all nodes share, or a URI"
+    return [
+        probe if probe.node in written else replace(probe, problems=(*probe.problems, unseen)) for probe in probes
+    ]
+
+
+def probe_node(
+    device: str, source: Source, path: str | None, folder: Place, expected: dict[str, str], is_ray: bool
+) -> Probe:
+    """Runs on a node: writes beside --out, reads what the driver wrote there and one image, compares versions."""
+    node, problems = this_node(is_ray), []
+    try:
+        (folder / node).write_bytes(b"node")
+        (folder / "driver").read_bytes()
+    except OSError as error:
+        what = error.strerror or error
+        problems.append(f"cannot use the driver's --out ({what}); give a folder that all nodes share, or a URI")
+    try:
+        if path:
+            source.read(path)
+    except UnreadableImageError as error:
+        problems.append(f"cannot read {path} of --data ({error}); give a folder that all nodes share, or a URI")
+    found = versions()
+    other = [f"{name} {found.get(name)}, the driver {value}" for name, value in expected.items()
+             if found.get(name) != value]  # fmt: skip
+    if other:
+        problems.append(f"has {', '.join(other)}; install the same versions on all nodes")
+    if device == "cuda":
+        problems += check_cuda()
+    shm_bytes = shutil.disk_usage(SHM).total if SHM.is_dir() else None
+    if device == "cuda" and shm_bytes is not None and shm_bytes < MIN_SHM_BYTES:
+        problems.append(f"has {shm_bytes >> 20} MiB of /dev/shm; start its container with --shm-size=8g")
+    return Probe(node, device, shm_bytes, found, tuple(problems))
+
+
+def check_cuda() -> list[str]:
+    """A Ray GPU whose torch sees none would train on the CPU without a word."""
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [f"Ray has a GPU here and torch {torch.__version__} sees none (CUDA_VISIBLE_DEVICES {seen}); "
+            "install a torch for its driver"]  # fmt: skip

@@ -1,0 +1,40 @@
+"""Preflight of a cluster, or of this machine: what a job would run on, and whether every node can do its part."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from plates.config import EXIT_OK, EXIT_USER_ERROR, CheckConfig, run_job
+
+
+def check(config: CheckConfig) -> int:
+    if config.address:
+        os.environ["RAY_ADDRESS"] = config.address
+    # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
+    from plates import cluster
+    from plates.dataset import load_dataset
+    from plates.preflight import probe_nodes
+    from plates.report import align_columns
+    from plates.storage import place_of
+
+    run = place_of("--out", config.out or "check")
+    dataset = load_dataset(config.data, seed=0)
+    plan = cluster.plan_job(config.num_workers, config.device)
+    print(plan.line, flush=True)
+    probes = probe_nodes(plan, dataset, run)
+    shown = ("python", "ray", "torch", "plates")
+    rows = [["node", "device", "/dev/shm GiB", *shown, "problems"]]
+    for probe in probes:
+        shm = "–" if probe.shm_bytes is None else f"{probe.shm_bytes / 2**30:.1f}"
+        versions = [probe.versions[name] for name in shown]
+        rows.append([probe.node, probe.device, shm, *versions, "; ".join(probe.problems) or "none"])
+    print(align_columns(rows, text_columns=len(rows[0]), width=240))
+    return EXIT_USER_ERROR if any(probe.problems for probe in probes) else EXIT_OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job(check, CheckConfig, "plates check", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,11 +4,10 @@ import json
 import logging
 import os
 import socket
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -199,15 +198,12 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
-    address, token = os.environ.get("RAY_ADDRESS") or "local", find_token()
-    if token and address != "local" and "ray" not in sys.modules:  # read when Ray is imported
-        # A cluster that was started where a token lies asks for it; Ray's drivers do not offer it by themselves.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    check_address(address)
     import ray
 
     if ray.is_initialized():
         return
-    check_address(address, token)
     try:
         ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -216,35 +212,52 @@ def start_ray() -> None:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
 
 
-def find_token() -> str | None:
-    """The cluster's token, where Ray looks for it."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else None)
+def check_address(address: str) -> None:
+    """Makes sure that a cluster at HOST:PORT lets us in, with its token where it wants one.
 
+    Ray itself would try for minutes, and offers a token only where RAY_AUTH_MODE says so when it is imported.
 
-def check_address(address: str, token: str | None) -> None:
-    """Raises: UserError where no Ray of this version lets us in at HOST:PORT; Ray itself would try for minutes."""
+    Raises: UserError.
+    """
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or "://" in address:
         return
     import grpc
-    import ray
-    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ignore[reportAttributeAccessIssue]
-    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-        metadata = [("authorization", f"Bearer {token}")] if token else []
-        stub = NodeInfoGcsServiceStub(grpc.insecure_channel(address))
-        there = stub.CheckAlive(CheckAliveRequest(), timeout=CONNECT_TIMEOUT_S, metadata=metadata)
+        status = ask_alive(address, None)
+        if status not in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED):
+            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({status.name})")
+        if status == grpc.StatusCode.UNAUTHENTICATED:
+            token = find_token()
+            if not token or ask_alive(address, token) != grpc.StatusCode.OK:
+                what = "a token" if not token else "another token than this one"
+                rule = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
+                raise UserError(f"RAY_ADDRESS {address}: the cluster wants {what}; {rule}")
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     except OSError as error:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
-    except grpc.RpcError as error:
-        said = cast(grpc.Call, error).details()
-        rule = "; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's" if "oken" in said else ""
-        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster lets us in there ({said}{rule})") from error
-    if there.ray_version != ray.__version__:
-        raise UserError(f"RAY_ADDRESS {address}: runs Ray {there.ray_version}, this machine {ray.__version__}")
+
+
+def ask_alive(address: str, token: str | None) -> Any:
+    """The gRPC status with which a Ray head answers to being asked whether it is alive; OK where it lets us in."""
+    import grpc
+
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            ask(b"", timeout=CONNECT_TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            return cast(grpc.Call, error).code()
+    return grpc.StatusCode.OK
+
+
+def find_token() -> str | None:
+    """The token for a cluster, where Ray looks for it."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else None)
 
 
 def list_nodes() -> list[Node]:

@@ -27,7 +27,8 @@ class UserError(Exception):
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     data: str = "synthetic"
-    """Images: synthetic[:N] (N drawn plates), or a folder with train/CLASS/*, optional val/CLASS/*, test/**."""
+    """Images: synthetic[:N] (N drawn plates), a folder with train/CLASS/*, optional val/CLASS/*, test/**,
+    one that plates prepare packed, or a URI (s3://, gs://) of either."""
     out: str | None = None
     """Run directory [default: runs/JOB-TIME]. A finished or a different run in it is never overwritten."""
     skip_unreadable: bool = False
@@ -180,6 +181,23 @@ class PredictConfig(WorkerConfig, DataConfig):
         WorkerConfig.__post_init__(self)
         if not self.checkpoint:
             raise UserError("--checkpoint is empty: give RUN/checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(DataConfig):
+    """Check, split and pack a data set into Parquet shards, for more images than fit into memory or into folders.
+
+    plates prepare --data PHOTOS --out PACKED && plates train --data PACKED
+    """
+
+    num_workers: NumWorkers = "auto"
+    """Ray workers; 0 packs in this process."""
+    seed: int = 0
+    """Seed of the drawings."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        WorkerConfig(num_workers=self.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Sources of images to splits of (path, label), and the reading of one image."""
 
 import hashlib
-import io
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,16 +10,17 @@ from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import encode_png
 from tqdm import tqdm
 
 from plates import synthetic
 from plates.config import UserError
+from plates.images import IMAGE_SUFFIXES, UnreadableImageError, decode
+from plates.shards import ShardSource, is_prepared, read_index
 from plates.storage import Place, place_of
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 VALIDATION_EVERY = 6  # the published split: every sixth image
 DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
 
@@ -43,15 +43,15 @@ class Skipped:
     reason: str
 
 
-class UnreadableImageError(OSError):
-    """The reason why an image cannot be read."""
-
-
 class Source(Protocol):
     """Where the pixels are; small, and sent to every worker."""
 
     def read(self, path: str) -> Tensor:
         """(3, H, W) uint8 RGB. Raises: UnreadableImageError."""
+        ...
+
+    def read_bytes(self, path: str) -> bytes:
+        """The encoded image. Raises: UnreadableImageError."""
         ...
 
     def check(self, path: str) -> str:
@@ -86,6 +86,9 @@ class SyntheticSource:
         index, is_dirty = synthetic_identity(self.seed, path)
         return torch.from_numpy(synthetic.draw_plate(self.seed, index, is_dirty)).permute(2, 0, 1)
 
+    def read_bytes(self, path: str) -> bytes:
+        return encode_png(self.read(path)).numpy().tobytes()
+
     def check(self, path: str) -> str:
         """A drawing follows from the drawing program, its libraries, the seed and the path; nothing is drawn here."""
         program = Path(synthetic.__file__).read_bytes()
@@ -117,7 +120,8 @@ def load_dataset(data: str, seed: int) -> Dataset:
     if data.startswith("synthetic"):
         num_labelled = int(data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC)
         return list_synthetic(num_labelled, seed)
-    return list_folder(find_root(place_of("--data", data), "train"))
+    folder = place_of("--data", data)
+    return list_prepared(folder) if is_prepared(folder) else list_folder(find_root(folder, "train"))
 
 
 def load_test_split(data: str, seed: int) -> Dataset:
@@ -125,6 +129,8 @@ def load_test_split(data: str, seed: int) -> Dataset:
     if data.startswith("synthetic"):
         return load_dataset(data, seed)
     folder = place_of("--data", data)
+    if is_prepared(folder):
+        return list_prepared(folder)
     if holders_of(folder, "train"):
         return list_folder(find_root(folder, "train"))
     has_test = bool(holders_of(folder, "test"))
@@ -218,6 +224,20 @@ def label(by_class: dict[str, list[str]], classes: tuple[str, ...]) -> tuple[Sam
     return tuple(sorted(samples, key=lambda sample: sample.path))
 
 
+def list_prepared(folder: Place) -> Dataset:
+    """What `plates prepare` packed, with its splits as they were made then."""
+    classes, rows = read_index(folder)
+    by_split: dict[str, list[Sample]] = defaultdict(list)
+    true_labels: dict[str, int] = {}
+    for path, name, split in sorted(rows[["path", "label", "split"]].itertuples(index=False, name=None)):
+        number = classes.index(name) if isinstance(name, str) else None
+        by_split[split].append(Sample(path, number if split != "test" else None))
+        if split == "test" and number is not None:
+            true_labels[path] = number
+    train, val, test = (tuple(by_split[split]) for split in ("train", "val", "test"))
+    return Dataset(ShardSource.of(folder, rows), classes, train, val, test, true_labels)
+
+
 def list_synthetic(num_labelled: int, seed: int) -> Dataset:
     """`num_labelled` drawings in train/ with the classes in turn, and as many again, unlabelled, in test/."""
     classes = synthetic.CLASSES
@@ -238,39 +258,6 @@ def synthetic_identity(seed: int, path: str) -> tuple[int, bool]:
     if pure.parts[0] == "test":
         return index, bool(np.random.default_rng([seed, index, 1]).integers(2))
     return index, pure.parts[1] == "dirty"
-
-
-def decode(data: bytes) -> Tensor:
-    """Encoded image to (3, H, W) uint8 RGB, upright by its EXIF orientation.
-
-    torchvision's decoder reads JPEG, PNG, GIF and WebP; what it refuses (BMP, TIFF, 16-bit) goes to Pillow.
-    Raises: UnreadableImageError.
-    """
-    if not data:
-        raise UnreadableImageError("the file is empty")
-    try:
-        image = decode_image(
-            torch.frombuffer(bytearray(data), dtype=torch.uint8),
-            ImageReadMode.RGB,
-            apply_exif_orientation=True,
-        )
-    except (RuntimeError, ValueError):
-        return decode_with_pillow(data)
-    if image.dim() == 4:  # an animated GIF: its first frame
-        image = image[0]
-    return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
-
-
-def decode_with_pillow(data: bytes) -> Tensor:
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-            array = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"not a readable image ({type(error).__name__})") from error
-    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def check_samples(source: Source, split: str, samples: Sequence[Sample]) -> Iterator[str | Skipped]:

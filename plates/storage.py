@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 from pyarrow import fs
 
@@ -91,7 +91,7 @@ class UriPath:
         for info in store.get_file_info(fs.FileSelector(path, allow_not_found=True)):
             yield self._with_base(f"{self._base}/{info.base_name}", info.type)
 
-    def open(self) -> BinaryIO:
+    def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
         store, path = self._open_store()
         return store.open_input_file(path)  # pyright: ignore[reportReturnType]
 

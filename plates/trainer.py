@@ -80,13 +80,14 @@ def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: P
 def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan) -> ResultT | None:
     """The loop on a group of Ray workers, and on a new group when some of them are lost."""
     import ray
+    from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
     what = ray.put((loop, task))  # weights and data set go through the object store, once a node
     for num_lost in itertools.count(1):
         try:
             return fit(what, plan, task.run)
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayError) as error:  # the latter of Ray Train's own controller
             failures = failures_of(error)
             told = [failure for failure in failures if isinstance(failure, OSError)]  # an image, a full disk
             if told or num_lost > MAX_RESTARTS or not any(map(is_lost_worker, failures)):

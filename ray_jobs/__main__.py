@@ -4,6 +4,7 @@ import importlib
 import sys
 
 JOBS = {
+    "prepare": "check, split and pack a data set into Parquet shards",
     "train": "train, predict the test split, report",
     "tune": "sweep lr and StepLR, retrain the winner, report",
     "predict": "batch inference from a checkpoint",

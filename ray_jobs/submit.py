@@ -16,6 +16,7 @@ from plates.config import (
     BenchmarkConfig,
     CheckConfig,
     PredictConfig,
+    PrepareConfig,
     TrainConfig,
     TuneConfig,
     UserError,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 JobConfig = TrainConfig | PredictConfig | BenchmarkConfig
 CONFIGS = {"train": TrainConfig, "tune": TuneConfig, "predict": PredictConfig, "benchmark": BenchmarkConfig,
-           "check": CheckConfig}  # fmt: skip
+           "check": CheckConfig, "prepare": PrepareConfig}  # fmt: skip
 # In a .gitignore's words. Beside ray_jobs may lie a user's data or all of site-packages: this project alone is sent.
 EXCLUDES = ["/*", "!/.", "!/plates", "!/ray_jobs", "__pycache__"]
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, LOST_S = 5.0, 30.0, 120.0

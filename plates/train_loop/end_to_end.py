@@ -52,7 +52,9 @@ def train_end_to_end(task: Task, worker: Worker, model: Classifier, dtype: torch
         history, num_images = train_epochs(task, worker, model, parameters, cache)
         val_logits = evaluate(model, task.dataset.val, cache, task.preprocessing, worker)
     shards = gather(val_logits)
-    return Fitted(history, interleave(shards) if shards else val_logits, num_images, has_reused_features=False)
+    return Fitted(
+        history, interleave(shards, worker) if shards else val_logits, num_images, has_reused_features=False
+    )
 
 
 def train_epochs(

@@ -45,7 +45,7 @@ def cluster(tmp_path_factory) -> Iterator[SimpleNamespace]:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         wait_for_port(ports["dashboard-port"])
-        yield SimpleNamespace(address=address, token=token, env=env)
+        yield SimpleNamespace(address=address, token=token, env=env, gcs=f"127.0.0.1:{ports['port']}")
         head.terminate()
         with suppress(subprocess.TimeoutExpired):
             head.wait(timeout=20)
@@ -147,3 +147,21 @@ def test_what_can_be_refused_here_is_not_sent(argv, message):
     done = run([*SUBMIT, *argv.split()])
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
+
+
+def test_a_driver_offers_its_token_and_says_where_it_has_none(cluster, tmp_path):
+    """Without plates submit: RAY_ADDRESS names the head itself."""
+    check = [sys.executable, "-m", "ray_jobs", "check", "--address", cluster.gcs, "--out", str(tmp_path / "a")]
+    home = NO_TOKEN | {"HOME": str(tmp_path)}
+    for env, message in (
+        (home, "the cluster wants a token"),
+        (home | {"RAY_AUTH_TOKEN": "0" * 64}, "the cluster wants another token"),
+    ):
+        done = run(check, env)
+        assert done.returncode == 2
+        assert message in done.stderr
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(cluster.token)
+    done = run(check, home)
+    assert done.returncode == 0, done.stderr
+    assert "none" in done.stdout

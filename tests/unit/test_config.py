@@ -2,7 +2,16 @@ import dataclasses
 
 import pytest
 
-from plates.config import BenchmarkConfig, CheckConfig, PredictConfig, TrainConfig, TuneConfig, UserError, run_job
+from plates.config import (
+    BenchmarkConfig,
+    CheckConfig,
+    PredictConfig,
+    PrepareConfig,
+    TrainConfig,
+    TuneConfig,
+    UserError,
+    run_job,
+)
 
 DATA = {"data", "out", "skip_unreadable"}
 WORKER = {"num_workers", "device", "precision", "cpus_per_worker"}
@@ -19,6 +28,7 @@ MODEL = {
         (TuneConfig, DATA | WORKER | MODEL | {"num_trials", "folds", "cv_repeats"}),
         (BenchmarkConfig, DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"}),
         (PredictConfig, DATA | WORKER | {"checkpoint"}),
+        (PrepareConfig, DATA | {"num_workers", "seed"}),
         (CheckConfig, {"address", "data", "out", "num_workers", "device"}),
     ],
 )

@@ -1,0 +1,90 @@
+"""Packing a data set into shards: in this process, or by Ray Data on the workers of a cluster."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pandas as pd
+from tqdm import tqdm
+
+from plates.cluster import Plan
+from plates.dataset import Dataset, Skipped, Source, UnreadableImageError
+from plates.rundir import write_json
+from plates.shards import FORMAT, IMAGES_PER_SHARD, INDEX_FILE, write_shard
+from plates.storage import Place
+
+
+def pack(dataset: Dataset, plan: Plan, folder: Place) -> tuple[dict[str, int], list[Skipped]]:
+    """Writes the shards, then the index that makes them a data set.
+
+    Returns: images by split, and the test images that cannot be read.
+    """
+    parts = list(list_shards(dataset))
+    num_rows = sum(map(len, parts))
+    counts: Counter[str] = Counter()
+    skipped: list[Skipped] = []
+    with tqdm(total=num_rows, desc="packing", unit="image") as bar:
+        for packed in (
+            pack_on_ray(dataset.source, parts, plan, folder)
+            if plan.num_workers
+            else (pack_shard(part, dataset.source, folder) for part in parts)
+        ):
+            counts.update(packed.loc[packed["error"] == "", "split"])
+            rows = packed[["path", "split", "error"]].itertuples(index=False, name=None)
+            skipped += [Skipped(path, split, error) for path, split, error in rows if error]
+            bar.update(len(packed))
+    num_images = {split: counts[split] for split in ("train", "val", "test")}
+    shards = [str(part["shard"].iloc[0]) for part in parts]
+    described = {"format": FORMAT, "classes": list(dataset.classes), "num_images": num_images, "shards": shards}
+    write_json(folder / INDEX_FILE, described)
+    return num_images, skipped
+
+
+def list_shards(dataset: Dataset) -> Iterator[pd.DataFrame]:
+    """A table of path, label, split and shard for each shard to be; a shard holds images of one split, in path order.
+
+    A label of the test split is one that was kept aside, of drawn plates.
+    """
+    for split, samples in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
+        labels = dataset.true_test_labels if split == "test" else {s.path: s.label for s in samples}
+        for place, start in enumerate(range(0, len(samples), IMAGES_PER_SHARD)):
+            paths = [sample.path for sample in samples[start : start + IMAGES_PER_SHARD]]
+            numbers = [labels.get(path) for path in paths]
+            names = [None if number is None else dataset.classes[number] for number in numbers]
+            shard = f"{split}-{place:05d}.parquet"
+            yield pd.DataFrame({"path": paths, "label": names, "split": split, "shard": shard})
+
+
+def pack_shard(part: pd.DataFrame, source: Source, folder: Place) -> pd.DataFrame:
+    """Reads, checks and writes a shard's images; a table of path, split and error, empty where all is well."""
+    images: list[bytes] = []
+    digests, errors = [], []
+    for path in part["path"]:
+        try:
+            digests.append(source.check(path))
+            images.append(source.read_bytes(path))
+            errors.append("")
+        except UnreadableImageError as error:
+            errors.append(str(error))
+    kept = part[[error == "" for error in errors]]
+    labels = [label if isinstance(label, str) else None for label in kept["label"]]
+    columns: dict[str, Any] = {"image": images, "path": kept["path"].tolist(), "label": labels}
+    columns |= {"split": kept["split"].tolist(), "sha256": digests}
+    write_shard(folder / str(part["shard"].iloc[0]), columns)
+    return part[["path", "split"]].assign(error=errors)
+
+
+def pack_on_ray(source: Source, parts: list[pd.DataFrame], plan: Plan, folder: Place) -> Iterator[pd.DataFrame]:
+    """One task a shard, as many at a time as the plan has workers."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the driver's tqdm shows it
+    packed = ray.data.from_pandas(parts).map_batches(
+        cast(Any, pack_shard),
+        fn_kwargs={"source": source, "folder": folder},
+        batch_size=None,
+        batch_format="pandas",
+        num_cpus=plan.cpus_per_worker,
+        compute=ray.data.TaskPoolStrategy(size=plan.num_workers),
+    )
+    yield from packed.iter_batches(batch_size=None, batch_format="pandas")  # pyright: ignore[reportReturnType]

@@ -1,0 +1,92 @@
+"""A data set packed into Parquet shards: encoded images in row groups that are read one at a time."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from plates.config import UserError
+from plates.images import UnreadableImageError, decode
+from plates.rundir import write_whole
+from plates.storage import Place
+
+INDEX_FILE, FORMAT = "dataset.json", 1
+IMAGES_PER_ROW_GROUP = 64  # read at once: at 50 kB an image about 3 MB
+IMAGES_PER_SHARD = 2048
+SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in ("path", "label", "split", "sha256"))])
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Images of prepared shards, found by path in the index that the driver reads once."""
+
+    root: Place
+    rows: dict[str, tuple[str, int, int, str]]  # by path: shard, row group, row in it, content hash
+
+    @staticmethod
+    def of(root: Place, index: pd.DataFrame) -> "ShardSource":
+        columns = index[["shard", "row_group", "row", "sha256"]].itertuples(index=False, name=None)
+        return ShardSource(root, dict(zip(index["path"], columns, strict=True)))
+
+    def read(self, path: str) -> Tensor:
+        """(3, H, W) uint8 RGB."""
+        return decode(self.read_bytes(path))
+
+    def read_bytes(self, path: str) -> bytes:
+        shard, row_group, row, _ = self.rows[path]
+        try:
+            return read_images(self.root / shard, row_group)[row].as_py()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UnreadableImageError(f"{shard}: {error}") from error
+
+    def check(self, path: str) -> str:
+        """The content hash that was stored when the image was decoded and packed."""
+        return self.rows[path][3]
+
+
+@functools.lru_cache(maxsize=4)
+def read_images(shard: Place, row_group: int) -> pa.ChunkedArray:
+    """The encoded images of a row group. The last few are kept: readers go through them in order, in threads."""
+    with pq.ParquetFile(shard.open("rb")) as file:
+        return file.read_row_group(row_group, columns=["image"])["image"]
+
+
+def is_prepared(folder: Place) -> bool:
+    return (folder / INDEX_FILE).exists()
+
+
+def write_shard(path: Place, columns: dict[str, Sequence[Any]]) -> None:
+    """One shard, whole or not at all."""
+    table = pa.table(dict(columns), schema=SCHEMA)
+    write_whole(path, lambda file: pq.write_table(table, file, row_group_size=IMAGES_PER_ROW_GROUP))
+
+
+def read_index(folder: Place) -> tuple[tuple[str, ...], pd.DataFrame]:
+    """Classes, and a row an image: path, label, split, sha256, and where it lies; no image is read.
+
+    Raises: UserError where the folder is damaged or of another format.
+    """
+    try:
+        described = json.loads((folder / INDEX_FILE).read_text())
+        if described["format"] != FORMAT:
+            raise UserError(f"--data {folder}: is of format {described['format']}, this version reads {FORMAT}")
+        parts = []
+        for shard in described["shards"]:
+            with pq.ParquetFile((folder / shard).open("rb")) as file:
+                part = file.read(columns=["path", "label", "split", "sha256"]).to_pandas()
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            where = {
+                "row_group": np.repeat(np.arange(len(sizes)), sizes),
+                "row": np.concatenate([np.arange(size) for size in sizes]),
+            }
+            parts.append(part.assign(shard=shard, **where))
+        return tuple(described["classes"]), pd.concat(parts, ignore_index=True)
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
+        raise UserError(f"--data {folder}: its shards are damaged ({error}); prepare it again") from error

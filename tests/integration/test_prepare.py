@@ -1,0 +1,59 @@
+"""A packed data set: the same images, splits and results as what it was packed from."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from plates import shards
+from plates.dataset import load_dataset
+from ray_jobs import prepare, train
+
+SMALL = ["--backbone", "resnet18", "--weights", "none", "--image-size", "32", "--epochs", "2", "--precision", "fp32"]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards, "IMAGES_PER_ROW_GROUP", 3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_packed_folder_is_the_folder(num_workers, folder, tmp_path, monkeypatch, local_ray):
+    monkeypatch.setattr("plates.pack.IMAGES_PER_SHARD", 5)
+    packed = tmp_path / "packed"
+    flags = ["--num-workers", str(num_workers)]
+    assert prepare.main(["--data", str(folder), "--out", str(packed), *flags]) == 0
+    one, other = load_dataset(str(folder), 0), load_dataset(str(packed), 0)
+    assert (one.classes, one.train, one.val, one.test) == (other.classes, other.train, other.val, other.test)
+    for sample in [*one.train, *one.val, *one.test]:
+        assert torch.equal(one.source.read(sample.path), other.source.read(sample.path))
+    for sample in [*one.train, *one.val]:
+        assert one.source.check(sample.path) == other.source.check(sample.path)
+    assert len(list(packed.glob("train-*.parquet"))) == -(-len(one.train) // 5)
+
+
+def test_training_on_shards_is_training_on_the_drawings(tmp_path, local_ray):
+    packed = tmp_path / "packed"
+    assert prepare.main(["--data", "synthetic:13", "--out", str(packed)]) == 0
+    assert train.main([*SMALL, "--data", "synthetic:13", "--out", str(tmp_path / "a")]) == 0
+    assert train.main([*SMALL, "--data", str(packed), "--num-workers", "2", "--out", str(tmp_path / "b")]) == 0
+    one, other = (pd.read_csv(tmp_path / name / "predictions.csv") for name in "ab")
+    assert list(one["path"]) == list(other["path"])
+    assert abs(one["p_dirty"] - other["p_dirty"]).max() < 1e-4
+    figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab"]
+    assert figures[0]["test/accuracy"] == figures[1]["test/accuracy"]
+
+
+def test_what_cannot_be_read_is_left_out_or_refused(folder, tmp_path, capsys):
+    (folder / "test" / "3.jpg").write_bytes(b"no image")
+    assert prepare.main(["--data", str(folder), "--out", str(tmp_path / "a")]) == 3
+    assert [row.path for row in pd.read_csv(tmp_path / "a" / "skipped.csv").itertuples()] == ["test/3.jpg"]
+    assert len(load_dataset(str(tmp_path / "a"), 0).test) == 6
+    (folder / "train" / "dirty" / "3.png").write_bytes(b"")
+    assert prepare.main(["--data", str(folder), "--out", str(tmp_path / "b")]) == 2
+    assert "train/dirty/3.png: the file is empty" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    (tmp_path / "a" / "train-00000.parquet").write_bytes(b"half")
+    assert train.main([*SMALL, "--data", str(tmp_path / "a"), "--out", str(tmp_path / "c")]) == 2
+    assert "prepare it again" in capsys.readouterr().err

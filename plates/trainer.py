@@ -144,7 +144,9 @@ def is_lost_worker(failure: Exception) -> bool:
     broken connection."""
     from ray.exceptions import RayError
     from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
     from torch.distributed import DistBackendError
 
     is_broken_connection = "onnection" in str(failure) and type(failure) in (RuntimeError, DistBackendError)
-    return isinstance(failure, RayError | ControllerError) or is_broken_connection
+    lost = RayError | ControllerError | WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError
+    return isinstance(failure, lost) or is_broken_connection

@@ -112,4 +112,5 @@ def test_twenty_kills_at_random_moments(flags, cluster, tmp_path):
         assert run.wait() == 0, (tmp_path / f"run{num_runs}.log").read_text()
         watchdog.cancel()
         assert_same(out, undisturbed)
+        print(f"{num_kills} kills", flush=True)
         num_runs += 1

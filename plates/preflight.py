@@ -13,6 +13,7 @@ from plates.dataset import Dataset, Source, UnreadableImageError
 from plates.rundir import versions
 from plates.storage import Place, remove_tree
 
+PROBE_S = 60.0  # torch may have to be imported first
 SHM = Path("/dev/shm")
 MIN_SHM_BYTES = 1 << 30  # of a container: NCCL and Ray's object store share it, and Docker gives 64 MiB
 
@@ -56,21 +57,31 @@ def probe_nodes(plan: Plan, dataset: Dataset, run: Place) -> list[Probe]:
 
 def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Probe]:
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     waiting = []
     for node in ray.nodes():
         has_gpu = node["Resources"].get("GPU", 0) > 0
         if node["Alive"] and (has_gpu or node["Resources"].get("CPU", 0) > 0):
-            task = ray.remote(num_cpus=0, num_gpus=1 if has_gpu and plan.device == "cuda" else 0)(probe_node)
-            task = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             device = "cuda" if has_gpu and plan.device == "cuda" else "cpu"
-            waiting.append(task.remote(device, *asked, True))  # pyright: ignore[reportCallIssue]
-    probes = ray.get(waiting)
+            task = ray.remote(num_cpus=0, num_gpus=int(device == "cuda"), max_retries=0)(probe_node)
+            task = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            waiting.append((node, device, task.remote(device, *asked, True)))  # pyright: ignore[reportCallIssue]
+    probes = []
+    for node, device, reference in waiting:
+        try:
+            probes.append(ray.get(reference, timeout=PROBE_S))
+        except RayError as error:
+            name = f"{node['NodeManagerHostname']}:{node['NodeID'][-8:]}"
+            said = str(error).strip().splitlines()[-1]
+            problem = f"did not run the probe ({said}); is this program installed there, and has it a free {device}?"
+            probes.append(Probe(name, device, None, {}, (problem,)))
     written = {path.name for path in folder.iterdir()}
     unseen = "what it writes beside --out is not seen here; give a folder that all nodes share, or a URI"
     return [
-        probe if probe.node in written else replace(probe, problems=(*probe.problems, unseen)) for probe in probes
+        replace(probe, problems=(*probe.problems, unseen)) if probe.versions and probe.node not in written else probe
+        for probe in probes
     ]
 
 

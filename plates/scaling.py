@@ -37,8 +37,8 @@ class Row:
     def name(self) -> str:
         if self.kind == "published":
             return f"published loop, {self.device}"
-        where = "one process" if self.num_workers == 0 else f"{self.num_workers} Ray workers"
-        return f"{where}, {self.device}"
+        workers = "1 Ray worker" if self.num_workers == 1 else f"{self.num_workers} Ray workers"
+        return f"{workers if self.num_workers else 'one process'}, {self.device}"
 
 
 def plan_rows(config: BenchmarkConfig, num_cpus: int, num_gpus: int) -> list[Row]:

@@ -26,7 +26,7 @@ def check(config: CheckConfig) -> int:
     rows = [["node", "device", "/dev/shm GiB", *shown, "problems"]]
     for probe in probes:
         shm = "–" if probe.shm_bytes is None else f"{probe.shm_bytes / 2**30:.1f}"
-        versions = [probe.versions[name] for name in shown]
+        versions = [probe.versions.get(name, "–") for name in shown]
         rows.append([probe.node, probe.device, shm, *versions, "; ".join(probe.problems) or "none"])
     print(align_columns(rows, text_columns=len(rows[0]), width=240))
     return EXIT_USER_ERROR if any(probe.problems for probe in probes) else EXIT_OK

@@ -27,7 +27,8 @@ def show_benchmark(run: Place) -> dict[str, Any] | None:
         "header": HEADER,
         "rows": tabulate_benchmark(found),
         "reasons": [f"{row['row']} could not run: {row['reason']}" for row in found["rows"] if "reason" in row],
-        "remark": "The published loop was timed over a few epochs and its training extrapolated to all.",
+        "remark": "The published loop was timed over a few epochs and its training extrapolated to all; "
+        "the first plot leaves it out.",
         "plots": [draw_phases(done), draw_speedup(done), draw_rates(done)] if done else [],
         "model": say_model(found["model"]),
     }
@@ -62,6 +63,8 @@ def tabulate_benchmark(found: dict[str, Any]) -> list[list[str]]:
 def spread(values: dict[str, float] | None) -> str:
     if values is None:
         return "–"
+    if values["min"] == values["max"]:
+        return f"{values['median']:.1f}"
     return f"{values['median']:.1f} ({values['min']:.1f}–{values['max']:.1f})"
 
 
@@ -80,10 +83,11 @@ def say_model(model: dict[str, Any]) -> str:
 
 
 def draw_phases(done: list[dict[str, Any]]) -> dict[str, str]:
-    """Median seconds of each phase, stacked, a bar a row."""
+    """Median seconds of each phase, stacked, a bar a row; extrapolated rows would dwarf the others."""
     drawn: dict[str, str] = {}
+    done = [row for row in done if not row["is_extrapolated"]]
     names = [row["row"] for row in done]
-    shades = [COLOURS["line"], COLOURS["muted"], COLOURS["accent"], COLOURS["train"], COLOURS["line"]]
+    shades = [COLOURS["line"], COLOURS["muted"], COLOURS["accent"], COLOURS["train"], COLOURS["muted"]]
     with themed_axes("seconds by phase", "seconds", 2.6, drawn) as axes:
         left = np.zeros(len(done))
         for phase, shade in zip(SHOWN_PHASES, shades, strict=True):
@@ -91,7 +95,8 @@ def draw_phases(done: list[dict[str, Any]]) -> dict[str, str]:
             axes.barh(names, width, left=left, color=shade, label=phase.removesuffix("_s"), height=0.7)
             left += width
         axes.invert_yaxis()
-        axes.legend(frameon=False, labelcolor=COLOURS["muted"], fontsize=7)
+        legend = {"frameon": False, "labelcolor": COLOURS["muted"], "fontsize": 7}
+        axes.figure.legend(loc="outside lower center", ncols=5, handlelength=1, columnspacing=1, **legend)
     return {**drawn, "alt": "; ".join(f"{name} {total:.0f} s" for name, total in zip(names, left, strict=True))}
 
 

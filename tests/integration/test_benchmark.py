@@ -18,13 +18,13 @@ def test_a_benchmark_writes_its_table_and_says_what_could_not_run(tmp_path, caps
     assert found == json.loads((run / "benchmark.json").read_text())
     rows = {row["row"]: row for row in found["rows"]}
     assert list(rows) == [
-        "published loop, cpu", "one process, cpu", "1 Ray workers, cpu", "one process, cuda", "1 Ray workers, cuda"
+        "published loop, cpu", "one process, cpu", "1 Ray worker, cpu", "one process, cuda", "1 Ray worker, cuda"
     ]  # fmt: skip
     assert rows["published loop, cpu"]["is_extrapolated"]
     if not torch.cuda.is_available():
         assert "torch sees no CUDA device" in rows["one process, cuda"]["reason"]
         assert "could not run" in out
-    on_ray, here = rows["1 Ray workers, cpu"], rows["one process, cpu"]
+    on_ray, here = rows["1 Ray worker, cpu"], rows["one process, cpu"]
     assert on_ray["val/accuracy"] == here["val/accuracy"]
     assert on_ray["startup_s"]["median"] > here["startup_s"]["median"]
     table = pd.read_csv(run / "benchmark.csv")

@@ -21,7 +21,7 @@ def measure(num_workers: int, train_s: float, rate: float, startup_s: float = 10
 def test_rows_are_the_published_loop_and_each_device_by_its_counts():
     names = [row.name for row in plan_rows(BenchmarkConfig(), num_cpus=6, num_gpus=0)]
     assert names == [
-        "published loop, cpu", "one process, cpu", "1 Ray workers, cpu", "2 Ray workers, cpu", "4 Ray workers, cpu"
+        "published loop, cpu", "one process, cpu", "1 Ray worker, cpu", "2 Ray workers, cpu", "4 Ray workers, cpu"
     ]  # fmt: skip
     rows = plan_rows(BenchmarkConfig(devices=("cpu", "cuda"), worker_counts=(2,)), num_cpus=2, num_gpus=0)
     assert [(row.device, row.num_workers) for row in rows[1:]] == [("cpu", 0), ("cpu", 2), ("cuda", 0), ("cuda", 2)]

@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,17 +52,23 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """Ray on this machine with 2 CPUs, started once for all integration tests."""
+@pytest.fixture(scope="session", autouse=True)
+def no_ray_is_left() -> Iterator[None]:
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+@pytest.fixture
+def local_ray() -> None:
+    """Ray on this machine with 2 CPUs, shared by the tests until one shuts it down to start another."""
     import logging
 
     import ray
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-    ray.init(address="local", num_cpus=2, object_store_memory=200_000_000, logging_level=logging.ERROR)
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=2, object_store_memory=200_000_000, logging_level=logging.ERROR)
 
 
 def free_ports(count: int) -> list[int]:

@@ -80,6 +80,7 @@ def walk(place: UriPath) -> Iterator[UriPath]:
             yield child
 
 
+@pytest.mark.slow
 def test_ray_workers_and_a_sweep_write_to_s3(folder, bucket, capfd):
     """In Ray started here and now, whose workers have the environment with the server's address."""
     import ray

@@ -74,6 +74,7 @@ def test_a_mistake_that_only_the_cluster_sees_ends_with_2(cluster, tmp_path):
     assert f"plates train: --data {missing}: no such folder" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_job_that_stays_pending_is_stopped(cluster, tmp_path):
     flags = ["--pending-timeout", "0", "--out", str(tmp_path)]
     done = run([*SUBMIT, "train", "--address", cluster.address, *flags], cluster.env)
@@ -87,6 +88,7 @@ def test_a_job_that_stays_pending_is_stopped(cluster, tmp_path):
     assert status == "STOPPED"
 
 
+@pytest.mark.slow
 def test_ctrl_c_without_a_terminal_leaves_the_job(cluster, tmp_path):
     flags = [*SMALL, "100000", "--num-workers", "0", "--out", str(tmp_path / "a")]
     following = subprocess.Popen(
@@ -100,6 +102,7 @@ def test_ctrl_c_without_a_terminal_leaves_the_job(cluster, tmp_path):
     assert run(shlex.split(message.partition("stop it with: ")[2]), cluster.env).returncode == 0
 
 
+@pytest.mark.slow
 def test_ray_itself_can_send_a_job(cluster, tmp_path):
     job = ["python", "-m", "ray_jobs.train", *SMALL, "1", "--num-workers", "0", "--out", str(tmp_path / "a")]
     done = run(["ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", *job], cluster.env)

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,6 +212,8 @@ def start_ray() -> None:
         if address == "local":
             raise
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which aborts
 
 
 def check_address(address: str) -> None:

@@ -29,6 +29,7 @@ def run_training_trials(
     """
     start_ray()
     from ray import tune
+    from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
     from ray.tune.schedulers import ASHAScheduler
 
     config = cast(TuneConfig, task.config)
@@ -44,7 +45,12 @@ def run_training_trials(
     scheduler = ASHAScheduler(
         metric="log_loss", mode="min", max_t=len(folds.repeated), grace_period=config.folds, reduction_factor=2
     )
-    results = tune_all(trainable, len(schedules), task.run, scheduler=scheduler, max_concurrent_trials=num_concurrent)
+    callbacks = [
+        JsonLoggerCallback(),
+        TBXLoggerCallback(),
+    ]  # a sweep of heads turns Tune's own choice off
+    results = tune_all(trainable, len(schedules), task.run, callbacks=callbacks, scheduler=scheduler,
+                       max_concurrent_trials=num_concurrent)  # fmt: skip
     for trial in (task.run / STATE_FOLDER).iterdir():
         for file in trial.iterdir() if trial.is_dir() else ():
             if file.name.startswith("events.out.tfevents"):

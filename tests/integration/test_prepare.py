@@ -33,6 +33,7 @@ def test_a_packed_folder_is_the_folder(num_workers, folder, tmp_path, monkeypatc
     assert len(list(packed.glob("train-*.parquet"))) == -(-len(one.train) // 5)
 
 
+@pytest.mark.slow
 def test_training_on_shards_is_training_on_the_drawings(tmp_path, local_ray):
     packed = tmp_path / "packed"
     assert prepare.main(["--data", "synthetic:13", "--out", str(packed)]) == 0

@@ -201,6 +201,7 @@ def test_the_packaged_weights_are_in_the_right_places(photos, tmp_path):
     assert trained.history[-1]["train/accuracy"] >= 0.9
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_read_the_data_is_named(folder, tmp_path, local_ray):
     from plates.config import UserError
 

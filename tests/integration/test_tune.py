@@ -41,6 +41,7 @@ def test_too_many_folds_are_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     """In processes of their own: killed once some trials are finished, then the same command again."""
     environment = {**os.environ, "PLATES_CACHE": str(tmp_path / "cache")}
@@ -63,6 +64,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(run / "trials.csv"), pd.read_csv(whole / "trials.csv"), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_trial_that_trains_the_trunk_is_a_run_of_its_own_on_all_cpus(tmp_path, local_ray):
     """Its one worker takes both CPUs: it must not wait for one that the trial's own process holds."""
     run = tmp_path / "run"

@@ -16,7 +16,7 @@ import torch
 from plates.config import UserError
 
 WAIT_FOR_NODES_S = 20.0
-AUTOSCALER_ANSWERS_S = 20.0  # in which an autoscaler that can help has nodes on their way
+AUTOSCALER_ANSWERS_S = 10.0  # in which an autoscaler that can help has nodes on their way
 SCALE_UP_S = 1200.0
 CONNECT_TIMEOUT_S = 5.0
 
@@ -157,7 +157,7 @@ def wait_for_room(num_workers: int, device: str) -> list[Node]:
             if num_coming != num_said:
                 print(f"the cluster starts {num_coming} nodes for {num_workers} workers", flush=True)
                 num_said = num_coming
-        is_over = now_s - coming_s > AUTOSCALER_ANSWERS_S / 2 or now_s - began_s > SCALE_UP_S
+        is_over = now_s - coming_s > AUTOSCALER_ANSWERS_S or now_s - began_s > SCALE_UP_S
         if is_over or share_cpus(num_workers, device, nodes):
             return nodes
 

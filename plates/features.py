@@ -68,7 +68,7 @@ def load_features(path: Place, num_views: int, num_train: int, num_val: int) -> 
     """Stored features, memory-mapped; None where there are none, or not all rows."""
     if not path.exists():
         return None
-    column = read_columns(path, memory_map=True)
+    column = read_columns(path)
     if column is None:
         return None
     column = column["feature"].combine_chunks()
@@ -79,11 +79,11 @@ def load_features(path: Place, num_views: int, num_train: int, num_val: int) -> 
     return Features(rows[:cut].view(num_views, num_train, -1), rows[cut:])
 
 
-def read_columns(path: Place, memory_map: bool = False) -> pa.Table | None:
-    """A whole Parquet file; None where it is damaged."""
+def read_columns(path: Place) -> pa.Table | None:
+    """A whole Parquet file, memory-mapped on a disk; None where it is damaged."""
     try:
         if isinstance(path, Path):
-            return pq.read_table(path, memory_map=memory_map)
+            return pq.read_table(path, memory_map=True)
         return pq.read_table(pa.BufferReader(path.read_bytes()))
     except (OSError, pa.ArrowInvalid):
         return None

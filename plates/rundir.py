@@ -77,9 +77,12 @@ def is_held(holder: dict[str, Any], me: dict[str, Any], age_s: float) -> bool:
     """Whether the process of a lock still lives: looked up on this machine, by its last sign on others."""
     if holder["host"] != me["host"]:
         return age_s < STALE_S
-    if holder["pid"] == me["pid"] or not psutil.pid_exists(holder["pid"]):
+    if holder["pid"] == me["pid"]:
         return False
-    return psutil.Process(holder["pid"]).create_time() == holder["started"]
+    try:
+        return psutil.Process(holder["pid"]).create_time() == holder["started"]
+    except psutil.NoSuchProcess:
+        return False
 
 
 def keep_lock(path: Place) -> None:

@@ -146,11 +146,7 @@ def read_run(run: Place, wall_s: float) -> dict[str, Any]:
 
 
 def summarize(repeats: pd.DataFrame) -> list[dict[str, Any]]:
-    """One entry a row, in first-seen order: min, median and max of each phase, medians of rates, speed-ups.
-
-    The speed-up is of training images/s over the first Ray-free run of the project; the efficiency divides it by the
-    ratio of workers, and is unknown for the published loop.
-    """
+    """One entry a row, in first-seen order: min, median and max of each phase, medians of rates, speed-ups."""
     entries: list[dict[str, Any]] = []
     for name, group in repeats.groupby("row", sort=False):
         first = group.iloc[0]

@@ -225,6 +225,17 @@ class CheckConfig:
             raise UserError(f"--address {self.address}: give HOST:PORT, or plates submit check --address URL")
 
 
+JOB_CONFIGS = {
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "predict": PredictConfig,
+    "benchmark": BenchmarkConfig,
+    "check": CheckConfig,
+}
+JobConfig = PrepareConfig | TrainConfig | PredictConfig | BenchmarkConfig | CheckConfig
+
+
 def require(flag: str, value: object, is_met: bool, rule: str) -> None:
     """Raises: UserError naming the flag, its value and the rule, unless the rule is met."""
     if not is_met:

@@ -11,24 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plates.config import (
-    EXIT_FAILED,
-    BenchmarkConfig,
-    CheckConfig,
-    PredictConfig,
-    PrepareConfig,
-    TrainConfig,
-    TuneConfig,
-    UserError,
-    run_job,
-)
+from plates.config import EXIT_FAILED, JOB_CONFIGS, JobConfig, UserError, run_job
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-JobConfig = TrainConfig | PredictConfig | BenchmarkConfig
-CONFIGS = {"train": TrainConfig, "tune": TuneConfig, "predict": PredictConfig, "benchmark": BenchmarkConfig,
-           "check": CheckConfig, "prepare": PrepareConfig}  # fmt: skip
 # In a .gitignore's words. Beside ray_jobs may lie a user's data or all of site-packages: this project alone is sent.
 EXCLUDES = ["/*", "!/.", "!/plates", "!/ray_jobs", "__pycache__"]
 CONNECT_TIMEOUT_S, REQUEST_TIMEOUT_S, LOST_S = 5.0, 30.0, 120.0
@@ -147,13 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plates submit", allow_abbrev=False, description=__doc__,
                                      epilog="All other flags are the job's own: plates JOB --help. --out is needed, "
                                      "as an absolute path or a URI that all nodes reach.")  # fmt: skip
-    parser.add_argument("job", choices=CONFIGS, help="what to run there")
+    parser.add_argument("job", choices=JOB_CONFIGS, help="what to run there")
     parser.add_argument("--address", default=address, metavar="URL", help="of the cluster's dashboard [%(default)s]")
     parser.add_argument("--pending-timeout", type=float, default=600.0, metavar="S",
                         help="seconds that the job may wait for its start [%(default)g]")  # fmt: skip
     own, flags = parser.parse_known_args(argv)
     own.address = own.address.rstrip("/")
-    return run_job(partial(submit, own, flags), CONFIGS[own.job], f"plates submit {own.job}", flags)
+    return run_job(partial(submit, own, flags), JOB_CONFIGS[own.job], f"plates submit {own.job}", flags)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,7 @@ import dataclasses
 
 import pytest
 
-from plates.config import (
-    BenchmarkConfig,
-    CheckConfig,
-    PredictConfig,
-    PrepareConfig,
-    TrainConfig,
-    TuneConfig,
-    UserError,
-    run_job,
-)
+from plates.config import JOB_CONFIGS, TrainConfig, TuneConfig, UserError, run_job
 
 DATA = {"data", "out", "skip_unreadable"}
 WORKER = {"num_workers", "device", "precision", "cpus_per_worker"}
@@ -21,19 +12,18 @@ MODEL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("config_class", "flags"),
-    [
-        (TrainConfig, DATA | WORKER | MODEL),
-        (TuneConfig, DATA | WORKER | MODEL | {"num_trials", "folds", "cv_repeats"}),
-        (BenchmarkConfig, DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"}),
-        (PredictConfig, DATA | WORKER | {"checkpoint"}),
-        (PrepareConfig, DATA | {"num_workers", "seed"}),
-        (CheckConfig, {"address", "data", "out", "num_workers", "device"}),
-    ],
-)
-def test_the_flags_are_these(config_class, flags):
-    assert {field.name for field in dataclasses.fields(config_class)} == flags
+FLAGS = {
+    "prepare": DATA | {"num_workers", "seed"},
+    "train": DATA | WORKER | MODEL,
+    "tune": DATA | WORKER | MODEL | {"num_trials", "folds", "cv_repeats"},
+    "predict": DATA | WORKER | {"checkpoint"},
+    "benchmark": DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"},
+    "check": {"address", "data", "out", "num_workers", "device"},
+}
+
+
+def test_the_flags_are_these():
+    assert {job: {f.name for f in dataclasses.fields(config)} for job, config in JOB_CONFIGS.items()} == FLAGS
 
 
 def test_the_defaults_are_the_published_recipe():

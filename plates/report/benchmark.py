@@ -90,9 +90,9 @@ def draw_phases(done: list[dict[str, Any]]) -> dict[str, str]:
     shades = [COLOURS["line"], COLOURS["muted"], COLOURS["accent"], COLOURS["train"], COLOURS["muted"]]
     with themed_axes("seconds by phase", "seconds", 2.6, drawn) as axes:
         left = np.zeros(len(done))
-        for phase, shade in zip(SHOWN_PHASES, shades, strict=True):
+        for phase, shade, alpha in zip(SHOWN_PHASES, shades, (1, 1, 1, 1, 0.4), strict=True):
             width = np.array([row.get(phase, {"median": 0.0})["median"] for row in done])
-            axes.barh(names, width, left=left, color=shade, label=phase.removesuffix("_s"), height=0.7)
+            axes.barh(names, width, left=left, color=shade, alpha=alpha, label=phase.removesuffix("_s"), height=0.7)
             left += width
         axes.invert_yaxis()
         legend = {"frameon": False, "labelcolor": COLOURS["muted"], "fontsize": 7}

@@ -14,6 +14,7 @@ from plates.train_loop.group import Worker, broadcast
 from plates.train_loop.task import Task
 
 SECONDS_PER_STATE = 10.0  # of training that a run may lose
+TOLD = "told"  # the JSON beside the tensors, as bytes
 History = list[dict[str, float]]
 
 
@@ -47,17 +48,19 @@ class SavedState:
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{name}/{i}": value.cpu().contiguous() for name, value in moments.items()}
         told = {"key": self.key, "history": history, "scheduler": self.scheduler.state_dict()}
-        metadata = {"state": json.dumps(told)}
-        write_whole(self.path, lambda file: save_file(tensors, file, metadata))
+        tensors[TOLD] = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+        write_whole(self.path, lambda file: save_file(tensors, file))
         self.saved_at = time.monotonic()
 
     def restore(self, worker: Worker) -> History:
         """Takes up what rank 0 finds, on every worker; the history so far, empty where nothing is found."""
         found = broadcast(self.path.read_bytes() if worker.rank == 0 and self.path.exists() else None)
-        told = read_metadata(found) if found else None
-        if not found or not told or told["key"] != self.key:
+        if not found:
             return []
         tensors = load(found)
+        told = json.loads(tensors.pop(TOLD).numpy().tobytes())
+        if told["key"] != self.key:
+            return []
         groups = self.optimizer.state_dict()["param_groups"]
         states: dict[int, dict[str, Any]] = {}
         for name, value in tensors.items():
@@ -71,12 +74,3 @@ class SavedState:
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         self.scheduler.load_state_dict(told["scheduler"])
         return told["history"]
-
-
-def read_metadata(data: bytes) -> dict[str, Any] | None:
-    """What `save` told beside the tensors; None where the file is not one of these."""
-    length = int.from_bytes(data[:8], "little")
-    try:
-        return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["state"])
-    except (ValueError, KeyError):
-        return None

@@ -299,8 +299,7 @@ def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, lis
 
     Returns: the data set of the images that can be read, those that cannot, and content hashes by path.
 
-    Raises: UserError naming the images that cannot be read, unless they are to be skipped; or where skipping leaves
-        a class without training images, or the validation split empty.
+    Raises: UserError as `leave_out` does.
     """
     skipped, digests = [], {}
     labelled = [("train", dataset.train), ("val", dataset.val)]
@@ -312,21 +311,31 @@ def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, lis
                     skipped.append(outcome)
                 else:
                     digests[sample.path] = outcome
+    return leave_out(dataset, skipped, skip_unreadable), skipped, digests
+
+
+def leave_out(dataset: Dataset, skipped: Sequence[Skipped], skip_unreadable: bool) -> Dataset:
+    """The data set without labelled images that cannot be read.
+
+    Raises: UserError naming them, unless they are to be skipped; or where skipping leaves a class without training
+        images, or the validation split empty.
+    """
     if skipped and not skip_unreadable:
         named = "; ".join(f"{item.path}: {item.reason}" for item in skipped[:5])
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         raise UserError(
             f"--data: {len(skipped)} images cannot be read ({named}{more}); mend them, or pass --skip-unreadable"
         )
-    train = tuple(sample for sample in dataset.train if sample.path in digests)
-    val = tuple(sample for sample in dataset.val if sample.path in digests)
+    unreadable = {item.path for item in skipped}
+    train = tuple(sample for sample in dataset.train if sample.path not in unreadable)
+    val = tuple(sample for sample in dataset.val if sample.path not in unreadable)
     counts = Counter(sample.label for sample in train)
     for index, name in enumerate(dataset.classes):
         if not counts[index]:
             raise UserError(f"--data: no image of class {name} in the training split can be read")
     if not val:
         raise UserError("--data: no image of the validation split can be read")
-    return replace(dataset, train=train, val=val), skipped, digests
+    return replace(dataset, train=train, val=val)
 
 
 def merge_labelled(dataset: Dataset) -> Dataset:

@@ -8,16 +8,19 @@ import pandas as pd
 from tqdm import tqdm
 
 from plates.cluster import Plan
-from plates.dataset import Dataset, Skipped, Source, UnreadableImageError
+from plates.config import UserError
+from plates.dataset import Dataset, Skipped, Source, UnreadableImageError, leave_out
 from plates.rundir import write_json
 from plates.shards import FORMAT, IMAGES_PER_SHARD, INDEX_FILE, write_shard
-from plates.storage import Place
+from plates.storage import Place, remove_tree
 
 
-def pack(dataset: Dataset, plan: Plan, folder: Place) -> tuple[dict[str, int], list[Skipped]]:
-    """Writes the shards, then the index that makes them a data set.
+def pack(dataset: Dataset, plan: Plan, folder: Place, skip_unreadable: bool) -> tuple[dict[str, int], list[Skipped]]:
+    """Checks the images and writes the shards, then the index that makes them a data set.
 
-    Returns: images by split, and the test images that cannot be read.
+    Returns: images by split, and the images that cannot be read.
+
+    Raises: UserError as `leave_out` does; the folder is then removed.
     """
     parts = list(list_shards(dataset))
     num_rows = sum(map(len, parts))
@@ -33,6 +36,11 @@ def pack(dataset: Dataset, plan: Plan, folder: Place) -> tuple[dict[str, int], l
             rows = packed[["path", "split", "error"]].itertuples(index=False, name=None)
             skipped += [Skipped(path, split, error) for path, split, error in rows if error]
             bar.update(len(packed))
+    try:
+        leave_out(dataset, [item for item in skipped if item.split != "test"], skip_unreadable)
+    except UserError:
+        remove_tree(folder)
+        raise
     num_images = {split: counts[split] for split in ("train", "val", "test")}
     shards = [str(part["shard"].iloc[0]) for part in parts]
     described = {"format": FORMAT, "classes": list(dataset.classes), "num_images": num_images, "shards": shards}
@@ -61,8 +69,9 @@ def pack_shard(part: pd.DataFrame, source: Source, folder: Place) -> pd.DataFram
     digests, errors = [], []
     for path in part["path"]:
         try:
-            digests.append(source.check(path))
-            images.append(source.read_bytes(path))
+            digest, image = source.check(path), source.read_bytes(path)
+            digests.append(digest)
+            images.append(image)
             errors.append("")
         except UnreadableImageError as error:
             errors.append(str(error))

@@ -4,6 +4,7 @@ import os
 import shutil
 import uuid
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ def check_nodes(plan: Plan, dataset: Dataset, run: Place) -> None:
 def probe_nodes(plan: Plan, dataset: Dataset, run: Place) -> list[Probe]:
     """A probe of each node with CPUs or GPUs; of this machine alone where there is no cluster."""
     folder = run.parent / f".plates-{uuid.uuid4().hex[:8]}"
-    samples = [*dataset.train, *dataset.test][:1]
-    asked = (dataset.source, samples[0].path if samples else None, folder, versions())
+    asked = (dataset.source, first_readable(dataset), folder, versions())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "driver").write_bytes(b"driver")
@@ -53,6 +53,17 @@ def probe_nodes(plan: Plan, dataset: Dataset, run: Place) -> list[Probe]:
         raise UserError(f"--out {run}: cannot be written ({error.strerror or error})") from error
     finally:
         remove_tree(folder)
+
+
+def first_readable(dataset: Dataset) -> str | None:
+    """An image that the driver can read: what every node then must read too."""
+    for sample in chain(dataset.train, dataset.test):
+        try:
+            dataset.source.read(sample.path)
+        except UnreadableImageError:
+            continue
+        return sample.path
+    return None
 
 
 def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Probe]:

@@ -13,19 +13,18 @@ def prepare(config: PrepareConfig) -> int:
     import pandas as pd
 
     from plates import cluster, rundir
-    from plates.dataset import check_dataset, load_dataset
+    from plates.dataset import load_dataset
     from plates.pack import pack
     from plates.predict import print_skipped
     from plates.preflight import check_nodes
 
     run = rundir.find_run(config.out, "prepare", config)
-    dataset, skipped, _ = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
+    dataset = load_dataset(config.data, config.seed)
     plan = cluster.plan_job(config.num_workers, "cpu")
     check_nodes(plan, dataset, run)
     rundir.claim_run(run, "prepare", config, {"versions": rundir.versions(), "plan": plan.line})
     print(plan.line, flush=True)
-    num_images, unreadable = pack(dataset, plan, run)
-    skipped = [*skipped, *unreadable]
+    num_images, skipped = pack(dataset, plan, run, config.skip_unreadable)
     if skipped:
         rundir.write_csv(run / "skipped.csv", pd.DataFrame([asdict(item) for item in skipped]))
     rundir.finish_run(run)

@@ -40,7 +40,7 @@ def test_workers_spread_over_nodes_and_give_the_same_model(cluster, tmp_path, ca
 
 def test_preflight_names_the_node_and_what_it_cannot_do(cluster, folder, tmp_path, capsys):
     flags = ["--num-workers", "2", "--out", str(tmp_path / "run")]
-    (folder / "train" / "cleaned" / "0.jpg").write_bytes(b"no image")  # no fault of a node
+    (folder / "train" / "cleaned" / "1.jpg").write_bytes(b"no image")  # no fault of a node
     assert check.main([*flags, "--data", str(folder)]) == 0
     table = capsys.readouterr().out
     assert table.count("none") == 2

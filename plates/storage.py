@@ -134,16 +134,12 @@ def connect(root: str, query: str) -> fs.FileSystem:
     return fs.FileSystem.from_uri(f"{root}?{query}" if query else root)[0]
 
 
-def is_uri(text: str) -> bool:
-    return "://" in text
-
-
 def place_of(flag: str, text: str) -> Place:
     """The place that a setting names: a URI, or an absolute path on this machine.
 
     Raises: UserError where the URI holds credentials, is of an unknown kind, or its store does not answer.
     """
-    if not is_uri(text):
+    if "://" not in text:
         return Path(text).expanduser().absolute()
     rest = text.partition("://")[2]
     if "@" in rest.partition("/")[0] or "secret_key=" in text or "access_key=" in text:

@@ -32,8 +32,7 @@ class HeadSweep:
 def score_schedule(data: HeadSweep, schedule: dict[str, Any]) -> dict[str, Any]:
     """All folds of one schedule, and those of nested cross-validation, fitted at once.
 
-    Returns: mean log_loss and accuracy; log_loss by fold and by repeat; log-loss and correctness by image, averaged
-        over repeats; and for each outer fold of the nested ones the inner log-loss and the outer image losses.
+    Returns: mean log_loss and accuracy; log_loss by fold, by repeat, and by image averaged over repeats; and for each outer fold of the nested ones the inner log-loss and the outer image losses.
     """
     every = [*data.folds.repeated]
     for outer, inner in data.folds.nested:
@@ -70,7 +69,6 @@ def score_schedule(data: HeadSweep, schedule: dict[str, Any]) -> dict[str, Any]:
         "fold_log_losses": [float(loss.mean()) for loss, _ in held_out[: len(data.folds.repeated)]],
         "repeat_log_losses": image_losses.mean(1).tolist(),
         "image_log_losses": image_losses.mean(0).tolist(),
-        "image_accuracies": image_right.mean(0).tolist(),
         "nested_inner": nested_inner,
         "nested_outer": nested_outer,
     }

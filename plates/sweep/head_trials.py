@@ -32,7 +32,8 @@ class HeadSweep:
 def score_schedule(data: HeadSweep, schedule: dict[str, Any]) -> dict[str, Any]:
     """All folds of one schedule, and those of nested cross-validation, fitted at once.
 
-    Returns: mean log_loss and accuracy; log_loss by fold, by repeat, and by image averaged over repeats; and for each outer fold of the nested ones the inner log-loss and the outer image losses.
+    Returns: mean log_loss and accuracy; log_loss by fold, by repeat, and by image averaged over repeats;
+        and for each outer fold of the nested ones the inner log-loss and the outer image losses.
     """
     every = [*data.folds.repeated]
     for outer, inner in data.folds.nested:

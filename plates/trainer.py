@@ -1,6 +1,7 @@
 """The only place that builds a TorchTrainer, ScalingConfig and RunConfig."""
 
 import itertools
+import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -105,6 +106,10 @@ def fit(what: Any, plan: Plan, run: Place) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ctrl-C interrupts the driver, as everywhere; Ray's handler would swallow it until the process ends."""
+
     def run_on_worker(config: dict[str, Any]) -> Any:
         """Shipped by value and importing for itself, so that the controller does not import all that workers need."""
         from ray.train import get_context
@@ -117,8 +122,10 @@ def fit(what: Any, plan: Plan, run: Place) -> Any:
         loop, task = ray.get(config["what"])
         return loop(task, worker)
 
+    callbacks = ["plates.placement.ReleaseRoom", *os.environ.get("RAY_TRAIN_CALLBACKS", "").split(",")]
+    os.environ["RAY_TRAIN_CALLBACKS"] = ",".join(filter(None, dict.fromkeys(callbacks)))
     resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.device == "cuda" else {})
-    trainer = TorchTrainer(
+    trainer = Trainer(
         run_on_worker,
         train_loop_config={"what": what},
         scaling_config=ScalingConfig(

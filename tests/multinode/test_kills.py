@@ -88,12 +88,42 @@ def test_a_killed_worker_and_a_lost_node(cluster, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_worker_killed_while_the_group_is_set_up(cluster, tmp_path):
+    """Ray itself would keep the room of that group, and no other would find any."""
+    run, log = start_run(tmp_path / "run", LAYER4, 2), tmp_path / "run.log"
+    while run.poll() is None and "Setting up process group" not in log.read_text():
+        time.sleep(0.05)
+    random.choice(find_workers("ray::RayTrainWorker")).kill()
+    assert run.wait(200) == 0, log.read_text()
+    assert log.read_text().count("a worker was lost") == 1
+    assert len(pd.read_csv(tmp_path / "run" / "predictions.csv")) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["training", "predicting"])
+def test_ctrl_c_ends_a_run_on_ray(phase, cluster, tmp_path):
+    run, log = start_run(tmp_path / "run", LAYER4, 2), tmp_path / "run.log"
+    while run.poll() is None and f"{phase}:" not in log.read_text():
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(30) == 1
+    assert "the same command with the same --out goes on" in log.read_text()
+    again = start_run(tmp_path / "run", LAYER4, 2)
+    assert again.wait(200) == 0, log.read_text()
+    assert len(pd.read_csv(tmp_path / "run" / "predictions.csv")) == 24
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("flags", [HEAD, LAYER4], ids=["head", "layer4"])
 def test_twenty_kills_at_random_moments(flags, cluster, tmp_path):
-    """Ten kills of training and prediction workers for each way of training, over as many runs as that takes."""
+    """Ten kills of training and prediction workers for each way of training, over as many runs as that takes.
+
+    The undisturbed run has as many workers: with another number sums are rounded in another order, which Adam's first
+    steps on layer4 blow up to 2e-3 of a probability.
+    """
     undisturbed = tmp_path / "undisturbed"
-    assert start_run(undisturbed, flags, 0).wait(400) == 0
+    assert start_run(undisturbed, flags, 2).wait(400) == 0
     num_kills, num_runs = 0, 0
     draw = random.Random(os.environ.get("PLATES_KILLS_SEED", "0"))
     while num_kills < 10:

@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,14 +26,15 @@ from plates.rundir import write_whole
 from plates.storage import Place, place_of, remove_tree
 from plates.transforms import Preprocessing, crop, draw_view, flip, move, normalize, resize
 
-FORMAT = 1  # of the stored features; a change of what is computed here changes it
+FORMAT = 2  # of the stored features; a change of what is computed here changes it
 VIEWS_PER_FORWARD = 32
 SECONDS_PER_PART = 10.0  # of computing that a worker may lose
+BYTES_PER_PART = 64 << 20  # of features that a worker holds
 
 
 @dataclass(frozen=True)
 class Features:
-    """`train`: (V, N, F) float32, a layer a view; `val`: (M, F) float32; in the order of the splits."""
+    """`train`: (V, N, F) float32, a layer a view; `val`: (M, F) float32; in the splits' order, memory-mapped."""
 
     train: Tensor
     val: Tensor
@@ -65,74 +69,113 @@ def cache_root() -> Place:
 
 
 def load_features(path: Place, num_views: int, num_train: int, num_val: int) -> Features | None:
-    """Stored features, memory-mapped; None where there are none, or not all rows."""
-    if not path.exists():
+    """Stored features; None where there are none, or not all rows."""
+    try:
+        rows = map_rows(path)
+    except (OSError, ValueError):  # none, or a damaged file
         return None
-    column = read_columns(path)
-    if column is None:
-        return None
-    column = column["feature"].combine_chunks()
-    rows = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy()).view(len(column), -1)
     if len(rows) != num_views * num_train + num_val:
         return None
+    return Features(*map(torch.from_numpy, split_rows(rows, num_views, num_train)))
+
+
+def map_rows(path: Place) -> np.ndarray:
+    """A stored array, memory-mapped, so that the system can take its memory back; of a URI, a passing copy is."""
+    if isinstance(path, Path):
+        return np.load(path, mmap_mode="c")  # copy on write, since torch knows no read-only tensors
+    with tempfile.NamedTemporaryFile() as copy, path.open() as stored:
+        shutil.copyfileobj(stored, copy)
+        copy.flush()
+        return np.load(copy.name, mmap_mode="c")
+
+
+def split_rows(rows: np.ndarray, num_views: int, num_train: int) -> tuple[np.ndarray, np.ndarray]:
+    """(V * N + M, F), the views' layers in turn and then the validation split, as (V, N, F) and (M, F)."""
     cut = num_views * num_train
-    return Features(rows[:cut].view(num_views, num_train, -1), rows[cut:])
+    return rows[:cut].reshape(num_views, num_train, -1), rows[cut:]
 
 
-def read_columns(path: Place) -> pa.Table | None:
-    """A whole Parquet file, memory-mapped on a disk; None where it is damaged."""
-    try:
-        if isinstance(path, Path):
-            return pq.read_table(path, memory_map=True)
-        return pq.read_table(pa.BufferReader(path.read_bytes()))
-    except (OSError, pa.ArrowInvalid):
-        return None
+def save_features(path: Place, tables: Iterable[pa.Table], num_views: int, num_train: int, num_val: int) -> None:
+    """One array on the disk, filled from tables of parts as they come.
+
+    Raises: FileNotFoundError where the tables do not hold all images.
+    """
+    missing = set(range(num_train + num_val))
+
+    def fill(file: Path) -> None:
+        train = val = np.empty(0, np.float32)
+        for table in tables:
+            column = table["feature"].combine_chunks()
+            values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+            if not train.size:
+                num_features = offsets[1] // (num_views if table["index"][0].as_py() < num_train else 1)
+                shape = (num_views * num_train + num_val, int(num_features))
+                rows = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+                with file.open("r+b") as reserved:  # a disk that fills up is an error here, a crash in a mapped file
+                    os.posix_fallocate(reserved.fileno(), 0, file.stat().st_size)
+                train, val = split_rows(rows, num_views, num_train)
+            for index, start, end in zip(table["index"].to_pylist(), offsets, offsets[1:], strict=False):
+                if index < num_train:
+                    train[:, index] = values[start:end].reshape(num_views, -1)
+                else:
+                    val[index - num_train] = values[start:end]
+                missing.discard(index)
+        if missing:
+            raise FileNotFoundError(f"{path}: the features of {len(missing)} images are missing; run again")
+
+    write_whole(path, fill)
 
 
 class Parts:
-    """Rows of features that workers have finished, stored as they go: a run that is cut off computes only the rest.
+    """Rows of features that workers have finished, stored as they go: a run that is cut off computes only the rest,
+    and none holds them all in memory.
 
-    A row is the (V, F) features of one image, known by its number in the run.
+    A row is the (V, F) features of one image, known by its number in the run; a part is a table of some of them.
     """
 
     def __init__(self, folder: Place) -> None:
         self.folder = folder
+        self.places: list[Place] = []  # of this worker's
         self.pending: dict[int, Tensor] = {}
+        self.num_pending_bytes = 0
         self.saved_at = time.monotonic()
 
-    def load(self) -> dict[int, Tensor]:
-        """The rows that can be seen from here; each (V * F,) float32."""
-        rows: dict[int, Tensor] = {}
+    def find(self) -> dict[Place, list[int]]:
+        """The parts of a run cut off that can be seen from here, and the images that they hold."""
         names = sorted(self.folder.iterdir()) if self.folder.exists() else []
-        for path in names:
-            table = read_columns(path) if path.suffix == ".parquet" and not path.name.startswith(".") else None
-            if table is not None:
-                rows |= {
-                    int(index.as_py()): torch.from_numpy(row.values.to_numpy().copy())
-                    for index, row in zip(table["index"], table["feature"], strict=True)
-                }
-        return rows
+        found = {}
+        for place in names:
+            if place.suffix == ".parquet" and not place.name.startswith("."):
+                table = read_part(place, ["index"])
+                found |= {place: table["index"].to_pylist()} if table is not None else {}
+        return found
 
     def add(self, index: int, row: Tensor) -> None:
-        """Stores a finished row, with those before it, when there is enough that could be lost."""
+        """Takes a finished row, and stores it with those before it when there is enough that could be lost."""
         self.pending[index] = row
-        if time.monotonic() - self.saved_at >= SECONDS_PER_PART:
-            rows = [row.reshape(-1).numpy() for row in self.pending.values()]
-            table = pa.table({"index": list(self.pending), "feature": pa.array(rows, pa.list_(pa.float32()))})
-            write_whole(self.folder / f"{uuid.uuid4().hex}.parquet", lambda file: pq.write_table(table, file))
-            self.pending, self.saved_at = {}, time.monotonic()
+        self.num_pending_bytes += row.nbytes
+        if time.monotonic() - self.saved_at >= SECONDS_PER_PART or self.num_pending_bytes >= BYTES_PER_PART:
+            place, table = self.folder / f"{uuid.uuid4().hex}.parquet", self.pending_table()
+            write_whole(place, lambda file: pq.write_table(table, file))
+            self.places.append(place)
+            self.pending, self.num_pending_bytes, self.saved_at = {}, 0, time.monotonic()
+
+    def pending_table(self) -> pa.Table:
+        rows = [row.reshape(-1).numpy() for row in self.pending.values()]
+        indices = pa.array(list(self.pending), pa.int64())
+        return pa.table({"index": indices, "feature": pa.array(rows, pa.list_(pa.float32()))})
 
     def remove(self) -> None:
         remove_tree(self.folder)
 
 
-def save_features(path: Place, features: Features) -> None:
-    """One Parquet file of float32 lists: the views' layers in turn, then the validation split."""
-    num_features = features.val.shape[1]
-    rows = torch.cat([features.train.reshape(-1, num_features), features.val])
-    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.numpy().reshape(-1)), num_features)
-    table = pa.table({"feature": column})
-    write_whole(path, lambda file: pq.write_table(table, file, compression="none"))
+def read_part(place: Place, columns: list[str] | None = None) -> pa.Table | None:
+    """None where it is damaged, or gone, since another run of the same features has finished."""
+    try:
+        with pq.ParquetFile(place.open("rb")) as file:
+            return file.read(columns)
+    except (OSError, pa.ArrowInvalid):
+        return None
 
 
 class FrozenTrunk:

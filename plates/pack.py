@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import pandas as pd
+import pyarrow as pa
+import torch
 from tqdm import tqdm
 
 from plates.cluster import Plan
 from plates.config import UserError
-from plates.dataset import Dataset, Skipped, Source, UnreadableImageError, leave_out
+from plates.dataset import Dataset, Skipped, Source, UnreadableImageError, leave_out, prefetch
 from plates.rundir import write_json
 from plates.shards import FORMAT, IMAGES_PER_SHARD, INDEX_FILE, write_shard
 from plates.storage import Place, remove_tree
@@ -65,22 +67,18 @@ def list_shards(dataset: Dataset) -> Iterator[pd.DataFrame]:
 
 def pack_shard(part: pd.DataFrame, source: Source, folder: Place) -> pd.DataFrame:
     """Reads, checks and writes a shard's images; a table of path, split and error, empty where all is well."""
-    images: list[bytes] = []
-    digests, errors = [], []
-    for path in part["path"]:
+    errors: dict[str, str] = {}
+
+    def load(row: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            digest, image = source.check(path), source.read_bytes(path)
-            digests.append(digest)
-            images.append(image)
-            errors.append("")
+            return row | {"sha256": source.check(row["path"]), "image": source.read_bytes(row["path"])}
         except UnreadableImageError as error:
-            errors.append(str(error))
-    kept = part[[error == "" for error in errors]]
-    labels = [label if isinstance(label, str) else None for label in kept["label"]]
-    columns: dict[str, Any] = {"image": images, "path": kept["path"].tolist(), "label": labels}
-    columns |= {"split": kept["split"].tolist(), "sha256": digests}
-    write_shard(folder / str(part["shard"].iloc[0]), columns)
-    return part[["path", "split"]].assign(error=errors)
+            errors[row["path"]] = str(error)
+
+    rows = pa.Table.from_pandas(part, preserve_index=False).to_pylist()  # a missing label as None
+    loaded = prefetch(load, rows, num_ahead=8, device=torch.device("cpu"))
+    write_shard(folder / str(part["shard"].iloc[0]), (row for row in loaded if row is not None))
+    return part[["path", "split"]].assign(error=[errors.get(path, "") for path in part["path"]])
 
 
 def pack_on_ray(source: Source, parts: list[pd.DataFrame], plan: Plan, folder: Place) -> Iterator[pd.DataFrame]:

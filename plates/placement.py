@@ -7,9 +7,9 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 class ReleaseRoom(ControllerCallback, WorkerGroupCallback):
     """Gives back the placement group of workers that died between their start and their first line of training.
 
-    Ray 2.60 forgets such a group without removing its placement group, which then holds its CPUs or GPUs until the
-    job ends, so that no group of the job is placed again. Ray Train finds this class by RAY_TRAIN_CALLBACKS, and calls
-    callbacks named there before its own, which is what fails.
+    Ray 2.60 forgets such a group without removing its placement group, which holds its CPUs or GPUs until the job
+    ends, so that no group of the job is placed again. Ray Train finds this class by RAY_TRAIN_CALLBACKS, and calls
+    callbacks named there before its own, of which one fails.
     """
 
     def __init__(self) -> None:

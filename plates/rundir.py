@@ -162,10 +162,15 @@ def write_whole(path: Place, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         if isinstance(path, UriPath):
-            path.write_bytes(temporary.read_bytes())
+            with temporary.open("rb") as file:
+                path.write_from(file)
         else:
             temporary.chmod(0o666 & ~current_umask())
             temporary.replace(path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # not every library names the file
     finally:
         temporary.unlink(missing_ok=True)
 

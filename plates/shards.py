@@ -2,8 +2,9 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from plates.rundir import write_whole
 from plates.storage import Place
 
 INDEX_FILE, FORMAT = "dataset.json", 1
-IMAGES_PER_ROW_GROUP = 64  # read at once: at 50 kB an image about 3 MB
+IMAGES_PER_ROW_GROUP, BYTES_PER_ROW_GROUP = 64, 4 << 20  # read at once; whichever is reached first
 IMAGES_PER_SHARD = 2048
 SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in ("path", "label", "split", "sha256"))])
 
@@ -62,10 +63,22 @@ def is_prepared(folder: Place) -> bool:
     return (folder / INDEX_FILE).exists()
 
 
-def write_shard(path: Place, columns: dict[str, Sequence[Any]]) -> None:
-    """One shard, whole or not at all."""
-    table = pa.table(dict(columns), schema=SCHEMA)
-    write_whole(path, lambda file: pq.write_table(table, file, row_group_size=IMAGES_PER_ROW_GROUP))
+def write_shard(path: Place, rows: Iterable[dict[str, Any]]) -> None:
+    """One shard, whole or not at all; no more than one row group of it is in memory."""
+
+    def write(file: Path) -> None:
+        with pq.ParquetWriter(file, SCHEMA) as writer:
+            group, num_bytes = [], 0
+            for row in rows:
+                group.append(row)
+                num_bytes += len(row["image"])
+                if len(group) == IMAGES_PER_ROW_GROUP or num_bytes >= BYTES_PER_ROW_GROUP:
+                    writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+                    group, num_bytes = [], 0
+            if group:
+                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+
+    write_whole(path, write)
 
 
 def read_index(folder: Place) -> tuple[tuple[str, ...], pd.DataFrame]:
@@ -84,7 +97,7 @@ def read_index(folder: Place) -> tuple[tuple[str, ...], pd.DataFrame]:
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             where = {
                 "row_group": np.repeat(np.arange(len(sizes)), sizes),
-                "row": np.concatenate([np.arange(size) for size in sizes]),
+                "row": [row for size in sizes for row in range(size)],
             }
             parts.append(part.assign(shard=shard, **where))
         return tuple(described["classes"]), pd.concat(parts, ignore_index=True)

@@ -1,6 +1,8 @@
 """Places on a disk or behind a URI (s3://, gs://), by the part of pathlib that this program uses."""
 
 import functools
+import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -103,9 +105,13 @@ class UriPath:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> None:
+        self.write_from(io.BytesIO(data))
+
+    def write_from(self, source: BinaryIO) -> None:
+        """Writes what is left to read in an open file, a piece at a time."""
         store, path = self._open_store()
         with store.open_output_stream(path) as file:
-            file.write(data)
+            shutil.copyfileobj(source, file)
 
     def touch(self) -> None:
         self.write_bytes(self.read_bytes())
@@ -154,8 +160,6 @@ def place_of(flag: str, text: str) -> Place:
 
 def remove_tree(place: Place) -> None:
     """Deletes a folder and all in it, where it exists."""
-    import shutil
-
     if isinstance(place, Path):
         shutil.rmtree(place, ignore_errors=True)
     elif place.exists():

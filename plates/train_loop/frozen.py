@@ -1,10 +1,12 @@
 """The frozen trunk: features computed by all workers once, the head fitted on them by rank 0."""
 
+from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from math import nan
 
+import pyarrow as pa
 import torch
-from torch import Tensor
 
 from plates.features import (
     Features,
@@ -14,6 +16,7 @@ from plates.features import (
     compute_views,
     features_key,
     load_features,
+    read_part,
     save_features,
 )
 from plates.head import Heads, HeadSettings, fit_heads
@@ -71,41 +74,40 @@ def shared_features(
         "device": worker.device.type,
     }
     key = features_key(task.digests, (dataset.train, dataset.val), task.weights.state, task.preprocessing, described)
-    path = task.cache_root / "features" / f"{key}.parquet"
-    stored = None
-    if worker.rank == 0:
-        stored = load_features(path, num_views, len(dataset.train), len(dataset.val))
+    path = task.cache_root / "features" / f"{key}.npy"
+    shape = (num_views, len(dataset.train), len(dataset.val))
+    stored = load_features(path, *shape) if worker.rank == 0 else None
     if broadcast(stored is not None):
         return stored, True
     parts = Parts(task.cache_root / "features" / f"{key}.parts")
     trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, dtype)
-    rows, is_continued = compute_rows(task, worker, trunk, parts)
-    num_features = model.head.in_features
-    flat = [row.reshape(-1, num_features) for row in rows.values()]
-    shards = gather((list(rows), torch.cat(flat) if flat else torch.zeros((0, num_features))))
-    features = None
+    is_continued = compute_parts(task, worker, trunk, parts)
+    tables = gather_parts(parts)
     if worker.rank == 0:
-        num_train = len(dataset.train)
-        whole: dict[int, Tensor] = {}
-        for indices, part in shards:
-            whole |= zip(indices, part.split([num_views if i < num_train else 1 for i in indices]), strict=True)
-        train, val = [whole[i] for i in range(num_train)], [whole[i] for i in range(num_train, len(whole))]
-        features = Features(torch.stack(train, dim=1), torch.cat(val))
-        save_features(path, features)
+        try:
+            save_features(path, tables, *shape)
+        except FileNotFoundError:
+            if not path.exists():  # else another run of the same features has finished, and removed the parts
+                raise
+        stored = load_features(path, *shape)
+        if stored is None:
+            raise FileNotFoundError(f"{path}: was stored, and cannot be read back")
+    else:
+        for _ in tables:
+            pass
     broadcast(True)  # the whole is stored
     parts.remove()
-    return features, is_continued
+    return stored, is_continued
 
 
-def compute_rows(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) -> tuple[dict[int, Tensor], bool]:
-    """This worker's rows by number, training images first: those of a run cut off that it can see, and its share of
-    the missing ones, which it stores as it goes; and whether any worker saw some of a run cut off."""
+def compute_parts(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) -> bool:
+    """Computes this worker's share of the rows that no worker sees of a run cut off, training images first, and lists
+    as its own the parts that it alone or first sees; whether any worker saw some."""
     config, dataset = task.config, task.dataset
-    found = parts.load()
-    seen = all_gather(list(found))
-    claimed = {index for indices in seen[: worker.rank] for index in indices}
-    rows = {index: row for index, row in found.items() if index not in claimed}
-    known = {index for indices in seen for index in indices}
+    found = parts.find()
+    seen = all_gather({index for indices in found.values() for index in indices})
+    known, claimed = set[int]().union(*seen), set[int]().union(*seen[: worker.rank])
+    parts.places += [place for place, indices in found.items() if not claimed.issuperset(indices)]
     num_train = len(dataset.train)
     samples = [*dataset.train, *dataset.val]
     missing_train = shard([i for i in range(num_train) if i not in known], worker)
@@ -121,8 +123,15 @@ def compute_rows(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) -
     evals = compute_eval(trunk, dataset.source, [samples[i] for i in missing_val])
     for index, row in zip([*missing_train, *missing_val], chain(bar, evals), strict=True):
         parts.add(index, row)
-        rows[index] = row
-    return rows, bool(known)
+    return bool(known)
+
+
+def gather_parts(parts: Parts) -> Iterator[pa.Table]:
+    """All workers' parts on rank 0, one of each worker at a time; every worker takes part to the end."""
+    reads = [*(partial(read_part, place) for place in parts.places), parts.pending_table]
+    for turn in range(max(all_gather(len(reads)))):
+        tables = gather(reads[turn]() if turn < len(reads) else None)
+        yield from (table for table in tables if table is not None and len(table))
 
 
 def history_of(heads: Heads, head: int = 0) -> list[dict[str, float]]:

@@ -7,10 +7,11 @@ import torch
 from conftest import write_picture
 from test_train import CONFIG, assert_same, train_on
 
+from plates import features
 from plates.checkpoint import Bundle
 from plates.cluster import Plan
 from plates.dataset import check_dataset, load_dataset
-from plates.features import Features, FrozenTrunk, compute_eval, compute_views, load_features, save_features
+from plates.features import FrozenTrunk, compute_eval, compute_views
 from plates.head import HeadSettings, fit_heads
 from plates.model import (
     build_classifier,
@@ -116,16 +117,27 @@ def test_a_damaged_file_of_features_is_computed_again(folder, tmp_path, own_cach
     assert_same(one, again, tolerance=0)
 
 
-def test_stored_features_come_back_exactly(tmp_path):
-    path = tmp_path / "features.parquet"
-    features = Features(torch.randn(2, 5, 7), torch.randn(3, 7))
-    save_features(path, features)
-    loaded = load_features(path, 2, 5, 3)
+def test_stored_features_come_back_exactly(tmp_path, monkeypatch):
+    """From parts in any order, on the disk and not; all rows or none."""
+    monkeypatch.setattr(features, "BYTES_PER_PART", 50)
+    path, parts = tmp_path / "features.npy", features.Parts(tmp_path / "parts")
+    train, val = torch.randn(2, 5, 7), torch.randn(3, 7)
+    for index in (5, 3, 0, 7, 1, 2, 4):
+        parts.add(index, train[:, index] if index < 5 else val[index - 5 :][:1])
+    tables = [features.read_part(place) for place in parts.places]
+    assert len(tables) > 2
+    with pytest.raises(FileNotFoundError, match="1 images are missing"):
+        features.save_features(path, [*tables, parts.pending_table()], 2, 5, 3)
+    assert not path.exists()
+    parts.add(6, val[1:2])
+    tables = [features.read_part(place) for place in parts.places]
+    features.save_features(path, [*tables, parts.pending_table()], 2, 5, 3)
+    loaded = features.load_features(path, 2, 5, 3)
     assert loaded is not None
-    assert torch.equal(loaded.train, features.train)
-    assert torch.equal(loaded.val, features.val)
-    assert load_features(path, 2, 5, 4) is None
-    assert load_features(tmp_path / "other", 2, 5, 3) is None
+    assert torch.equal(loaded.train, train)
+    assert torch.equal(loaded.val, val)
+    assert features.load_features(path, 2, 5, 4) is None
+    assert features.load_features(tmp_path / "other", 2, 5, 3) is None
 
 
 @pytest.mark.parametrize("num_views", [1, 5, 40])
@@ -190,12 +202,12 @@ def test_automatic_precision_spares_the_sensitive_backbone():
 
 
 def test_fitting_heads_does_not_depend_on_stored_layout():
-    features = torch.randn(2, 6, 4)
+    stored = torch.randn(2, 6, 4)
     labels = torch.tensor([0, 1, 0, 1, 0, 1])
     one = [HeadSettings(lr=0.1, step_size=1, gamma=1.0, indices=range(6))]
-    strided = features.transpose(0, 1).contiguous().transpose(0, 1)
+    strided = stored.transpose(0, 1).contiguous().transpose(0, 1)
     fitted = [
         fit_heads(x, labels, one, (torch.zeros(2, 4), torch.zeros(2)), epochs=2, global_batch_size=4, seed=0)
-        for x in (features, strided)
+        for x in (stored, strided)
     ]
     assert torch.equal(fitted[0].weight, fitted[1].weight)

@@ -3,6 +3,7 @@
 import json
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -31,6 +32,23 @@ def test_a_packed_folder_is_the_folder(num_workers, folder, tmp_path, monkeypatc
     for sample in [*one.train, *one.val]:
         assert one.source.check(sample.path) == other.source.check(sample.path)
     assert len(list(packed.glob("train-*.parquet"))) == -(-len(one.train) // 5)
+
+
+def test_row_groups_of_large_images_are_small(folder, tmp_path, monkeypatch):
+    """No more is in memory, and read at once, than some bytes, however large the images are."""
+    monkeypatch.setattr(shards, "BYTES_PER_ROW_GROUP", 1)
+    assert prepare.main(["--data", str(folder), "--out", str(tmp_path / "packed"), "--num-workers", "0"]) == 0
+    with pq.ParquetFile(tmp_path / "packed" / "train-00000.parquet") as file:
+        assert file.num_row_groups == file.metadata.num_rows == 13
+    one, other = load_dataset(str(folder), 0), load_dataset(str(tmp_path / "packed"), 0)
+    assert all(torch.equal(one.source.read(s.path), other.source.read(s.path)) for s in one.train)
+
+
+def test_a_shard_may_be_empty(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("plates.pack.IMAGES_PER_SHARD", 1)
+    (folder / "test" / "3.jpg").write_bytes(b"no image")
+    assert prepare.main(["--data", str(folder), "--out", str(tmp_path / "a"), "--num-workers", "0"]) == 3
+    assert len(load_dataset(str(tmp_path / "a"), 0).test) == 6
 
 
 @pytest.mark.slow

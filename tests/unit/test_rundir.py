@@ -1,5 +1,7 @@
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -62,3 +64,14 @@ def test_tables_are_written_alike(tmp_path):
     rundir.write_parquet(tmp_path / "a.parquet", table)
     assert (tmp_path / "a.csv").read_text() == "id,label\n0001,cleaned\n"
     assert pd.read_parquet(tmp_path / "a.parquet").equals(table)
+
+
+def test_a_full_disk_is_named_whatever_the_library_says(tmp_path):
+    def write(file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    (tmp_path / "a.csv").write_text("whole")
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.csv'"):
+        rundir.write_whole(tmp_path / "a.csv", write)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.csv", "whole")]

@@ -28,7 +28,7 @@ ItemT = TypeVar("ItemT")
 LoadedT = TypeVar("LoadedT")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image: its path as the user knows it, and its class index (None in the test split)."""
 

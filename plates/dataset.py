@@ -1,12 +1,12 @@
 """Sources of images to splits of (path, label), and the reading of one image."""
 
 import hashlib
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from plates.storage import Place, place_of
 
 VALIDATION_EVERY = 6  # the published split: every sixth image
 DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
-
-ItemT = TypeVar("ItemT")
-LoadedT = TypeVar("LoadedT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,27 +268,6 @@ def check_samples(source: Source, split: str, samples: Sequence[Sample]) -> Iter
 
     with ThreadPoolExecutor() as pool:
         yield from pool.map(check, samples)
-
-
-def prefetch(
-    load: Callable[[ItemT], LoadedT], items: Iterable[ItemT], num_ahead: int, device: torch.device
-) -> Iterator[LoadedT]:
-    """`map(load, items)` by as many threads as torch uses, at most `num_ahead` items ahead of the device.
-
-    A CPU worker of one thread loads in between: a second thread would take another worker's core.
-    """
-    num_threads = torch.get_num_threads()
-    if device.type == "cpu" and num_threads == 1:
-        yield from map(load, items)
-        return
-    with ThreadPoolExecutor(max_workers=min(num_ahead, num_threads)) as pool:
-        pending: deque[Future[LoadedT]] = deque()
-        for item in items:
-            pending.append(pool.submit(load, item))
-            if len(pending) > num_ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, list[Skipped], dict[str, str]]:

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from plates.dataset import Sample, Source, prefetch
+from plates.dataset import Sample, Source
+from plates.images import prefetch
 from plates.model import fast_trunk
 from plates.rundir import write_whole
 from plates.storage import Place, place_of, remove_tree
@@ -72,7 +73,7 @@ def load_features(path: Place, num_views: int, num_train: int, num_val: int) -> 
     """Stored features; None where there are none, or not all rows."""
     try:
         rows = map_rows(path)
-    except (OSError, ValueError):  # none, or a damaged file
+    except (OSError, ValueError, EOFError):  # none, or a damaged file
         return None
     if len(rows) != num_views * num_train + num_val:
         return None

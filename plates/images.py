@@ -1,6 +1,10 @@
-"""Encoded images to pixels: torchvision's decoder, and Pillow for what that refuses."""
+"""Encoded images to pixels, ahead of the device: torchvision's decoder, and Pillow for what that refuses."""
 
 import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -8,6 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+ItemT = TypeVar("ItemT")
+LoadedT = TypeVar("LoadedT")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
@@ -46,3 +52,24 @@ def decode_with_pillow(data: bytes) -> Tensor:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"not a readable image ({type(error).__name__})") from error
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def prefetch(
+    load: Callable[[ItemT], LoadedT], items: Iterable[ItemT], num_ahead: int, device: torch.device
+) -> Iterator[LoadedT]:
+    """`map(load, items)` by as many threads as torch uses, at most `num_ahead` items ahead of the device.
+
+    A CPU worker of one thread loads in between: a second thread would take another worker's core.
+    """
+    num_threads = torch.get_num_threads()
+    if device.type == "cpu" and num_threads == 1:
+        yield from map(load, items)
+        return
+    with ThreadPoolExecutor(max_workers=min(num_ahead, num_threads)) as pool:
+        pending: deque[Future[LoadedT]] = deque()
+        for item in items:
+            pending.append(pool.submit(load, item))
+            if len(pending) > num_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from plates.cluster import Plan
 from plates.config import UserError
-from plates.dataset import Dataset, Skipped, Source, UnreadableImageError, leave_out, prefetch
+from plates.dataset import Dataset, Skipped, Source, UnreadableImageError, leave_out
+from plates.images import prefetch
 from plates.rundir import write_json
 from plates.shards import FORMAT, IMAGES_PER_SHARD, INDEX_FILE, write_shard
 from plates.storage import Place, remove_tree

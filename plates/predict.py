@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from plates.checkpoint import Bundle, build_model
 from plates.cluster import Plan, this_node
-from plates.dataset import Dataset, Sample, Skipped, Source, UnreadableImageError, image_ids, prefetch
+from plates.dataset import Dataset, Sample, Skipped, Source, UnreadableImageError, image_ids
 from plates.features import FrozenTrunk
+from plates.images import prefetch
 from plates.metrics import score
 from plates.model import resolve_precision
 from plates.rundir import write_csv, write_parquet

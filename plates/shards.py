@@ -68,7 +68,8 @@ def write_shard(path: Place, rows: Iterable[dict[str, Any]]) -> None:
 
     def write(file: Path) -> None:
         # Images are compressed already and are all different: plain bytes are read four times as fast.
-        with pq.ParquetWriter(file, SCHEMA, compression="none", use_dictionary=["label", "split"]) as writer:
+        repeated: Any = ["label", "split"]
+        with pq.ParquetWriter(file, SCHEMA, compression="none", use_dictionary=repeated) as writer:
             group, num_bytes = [], 0
             for row in rows:
                 group.append(row)

@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from plates import metrics
-from plates.dataset import Sample, Source, prefetch
+from plates.dataset import Sample, Source
 from plates.head import epoch_order
+from plates.images import prefetch
 from plates.model import Classifier, set_trainable
 from plates.timing import Phases
 from plates.train_loop.group import Worker, all_reduce_sum, gather, interleave, labels_of, progress, shard

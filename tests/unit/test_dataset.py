@@ -7,16 +7,8 @@ from conftest import write_picture
 from PIL import Image
 
 from plates.config import UserError
-from plates.dataset import (
-    Sample,
-    UnreadableImageError,
-    check_dataset,
-    decode,
-    image_ids,
-    load_dataset,
-    load_test_split,
-    prefetch,
-)
+from plates.dataset import Sample, check_dataset, image_ids, load_dataset, load_test_split
+from plates.images import UnreadableImageError, decode, prefetch
 
 
 def encode(image: Image.Image, suffix: str, **options) -> bytes:

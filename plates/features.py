@@ -242,10 +242,11 @@ def forward_all(trunk: FrozenTrunk, loaded: Iterator[tuple[Tensor, Tensor]]) -> 
         pictures[:], flips[:] = [whole[num_views:]], [is_flipped[num_views:]]
 
     def finished() -> Iterator[Tensor]:
-        while counts and sum(map(len, rows)) >= counts[0]:
-            whole, count = torch.cat(rows), counts.popleft()
-            rows[:] = [whole[count:]]
-            yield whole[:count]
+        whole, start = torch.cat(rows), 0
+        while counts and len(whole) - start >= counts[0]:
+            yield whole[start : start + counts[0]]
+            start += counts.popleft()
+        rows[:] = [whole[start:]]
 
     for views, is_flipped in loaded:
         pictures.append(views)
@@ -253,7 +254,7 @@ def forward_all(trunk: FrozenTrunk, loaded: Iterator[tuple[Tensor, Tensor]]) -> 
         counts.append(len(views))
         while sum(map(len, pictures)) >= VIEWS_PER_FORWARD:
             forward(VIEWS_PER_FORWARD)
-        yield from finished()
+            yield from finished()
     if sum(map(len, pictures)):
         forward(VIEWS_PER_FORWARD)
-    yield from finished()
+        yield from finished()

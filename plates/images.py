@@ -1,5 +1,6 @@
 """Encoded images to pixels, ahead of the device: torchvision's decoder, and Pillow for what that refuses."""
 
+import functools
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -65,11 +66,21 @@ def prefetch(
     if device.type == "cpu" and num_threads == 1:
         yield from map(load, items)
         return
-    with ThreadPoolExecutor(max_workers=min(num_ahead, num_threads)) as pool:
-        pending: deque[Future[LoadedT]] = deque()
+    pool = reading_threads(min(num_ahead, num_threads))
+    pending: deque[Future[LoadedT]] = deque()
+    try:
         for item in items:
             pending.append(pool.submit(load, item))
             if len(pending) > num_ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+@functools.cache
+def reading_threads(count: int) -> ThreadPoolExecutor:
+    """Kept for the process: new threads for each call of a long prediction left up to 18 kB an image behind."""
+    return ThreadPoolExecutor(count)

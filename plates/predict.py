@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -124,34 +125,35 @@ def predict(bundle: Bundle, source: Source, samples: Sequence[Sample], plan: Pla
     if not paths:
         return Predictions(pd.DataFrame(columns=["path", "id", "label", *columns]), [], [])
     run = predict_on_ray if plan.num_workers else predict_here
-    parts = []
+    # Filled in place: small results kept between the large blocks of passing batches would make the heap grow.
+    probabilities = np.full((len(paths), len(columns)), np.nan, dtype=np.float32)
+    places = {path: place for place, path in enumerate(paths)}
+    errors: dict[str, str] = {}
+    seconds, counts = Counter[tuple[str, int, str, str]](), Counter[tuple[str, int, str, str]]()
     for batch in tqdm_paths(run(bundle, source, paths, plan, precision), len(paths)):
-        probabilities = pd.DataFrame(batch.pop("probabilities"), columns=pd.Index(columns))
-        parts.append(pd.concat([pd.DataFrame(batch), probabilities], axis=1))
-    rows = pd.concat(parts).sort_values("path", ignore_index=True)
-    is_readable = rows["error"] == ""
-    skipped = [Skipped(row.path, "test", row.error) for row in rows[~is_readable].itertuples()]
-    table = rows[is_readable].reset_index(drop=True)
+        probabilities[[places[path] for path in batch["path"]]] = batch["probabilities"]
+        errors |= {str(path): str(error) for path, error in zip(batch["path"], batch["error"], strict=True) if error}
+        identities = zip(*(batch[name].tolist() for name in ("node", "pid", "device", "device_name")), strict=True)
+        for identity, time_s in zip(identities, batch["time_s"].tolist(), strict=True):
+            seconds[identity] += time_s
+            counts[identity] += 1
+    assert counts.total() == len(paths), "every image is predicted once"
+    table = pd.DataFrame(probabilities, columns=pd.Index(columns)).assign(path=paths)
+    table = table[[path not in errors for path in paths]].reset_index(drop=True)
     table["id"] = image_ids(table["path"])
     table["label"] = [bundle.classes[i] for i in table[columns].to_numpy().argmax(1)]
-    return Predictions(table[["path", "id", "label", *columns]], skipped, time_workers(rows))
-
-
-def time_workers(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row a worker: who it is, its seconds of prediction (decoding included) and images/s."""
-    timings = []
-    for (node, _, device, name), group in rows.groupby(["node", "pid", "device", "device_name"]):
-        time_s = float(group["time_s"].sum())
-        timings.append(
-            {
-                "node": node,
-                "device": device,
-                "device_name": name,
-                "inference_s": time_s,
-                "inference_images_per_sec": rate(len(group), time_s),
-            }
-        )
-    return timings
+    skipped = [Skipped(path, "test", errors[path]) for path in sorted(errors)]
+    timings = [
+        {
+            "node": node,
+            "device": device,
+            "device_name": name,
+            "inference_s": seconds[node, pid, device, name],
+            "inference_images_per_sec": rate(count, seconds[node, pid, device, name]),
+        }
+        for (node, pid, device, name), count in sorted(counts.items())
+    ]
+    return Predictions(table[["path", "id", "label", *columns]], skipped, timings)
 
 
 def predict_here(bundle: Bundle, source: Source, paths: list[str], plan: Plan, precision: str) -> Iterator[Batch]:

@@ -1,6 +1,6 @@
 """Prepared shards: memory of a run on few and on many images, and speed beside the same images in memory.
 
-python tests/benchmarks/prepared.py [--images 5000 50000] [--folder FOLDER]
+python tests/benchmarks/prepared.py [--images 5000 50000] [--folder FOLDER] [--repeats 2]
 
 Packs drawn plates into FOLDER (kept there for the next time), half of them labelled, and runs `ray_jobs.train` on
 each in one process: peak anonymous memory in MiB, that is without mapped files, which the system can take back. Then,

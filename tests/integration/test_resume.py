@@ -96,10 +96,10 @@ def wait_for(path, process) -> None:
 
 
 def test_a_stopped_run_goes_on_and_a_second_one_beside_it_is_refused(tmp_path):
-    out = tmp_path / "run"
-    first = start(out)
+    out, long = tmp_path / "run", ["--epochs", "250"]  # the first is still at work when the second has started
+    first = start(out, *long)
     wait_for(out / "config.json", first)
-    second = start(out)
+    second = start(out, *long)
     assert second.wait(60) == 2
     assert "is at work in it" in second.stderr.read()
     first.send_signal(signal.SIGTERM)
@@ -108,7 +108,7 @@ def test_a_stopped_run_goes_on_and_a_second_one_beside_it_is_refused(tmp_path):
     assert "goes on" in said
     assert "Traceback" not in said
     assert json.loads((out / "config.json").read_text())["status"] == "unfinished"
-    third = start(out)
+    third = start(out, *long)
     third.communicate(timeout=200)
     assert third.returncode == 0
     assert len(pd.read_csv(out / "predictions.csv")) == 24

@@ -53,7 +53,9 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, batch: Tensor) -> Tensor:
-        return self.head(self.trunk(batch))
+        features = self.trunk(batch)
+        with torch.autocast(batch.device.type, enabled=False):  # logits of 8 bits would lose what the trunk has found
+            return self.head(features.float())
 
 
 def resolve_weights(backbone: str, weights: str, seed: int) -> Weights:

@@ -49,19 +49,30 @@ def train_end_to_end(task: Task, worker: Worker, model: Classifier, dtype: torch
     cache = ImageCache(task.dataset.source)
     with phases.measure("data"):
         warm(cache, [*task.dataset.train, *task.dataset.val], worker.device)
-    with phases.measure("train"), torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32):
-        history, num_images = train_epochs(task, worker, model, parameters, cache)
-        val_logits = evaluate(model, task.dataset.val, cache, task.preprocessing, worker)
+    with phases.measure("train"):
+        history, num_images = train_epochs(task, worker, model, parameters, cache, dtype)
+        val_logits = evaluate(model, task.dataset.val, cache, task.preprocessing, worker, dtype)
     shards = gather(val_logits)
     return Fitted(
         history, interleave(shards, worker) if shards else val_logits, num_images, has_reused_features=False
     )
 
 
+def autocast(worker: Worker, dtype: torch.dtype) -> torch.autocast:
+    """Around one forward pass and its loss: until it ends, autocast computes with the copies of the weights that it
+    made first, so that around several steps it would train on stale ones."""
+    return torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32)
+
+
 def train_epochs(
-    task: Task, worker: Worker, model: Classifier, parameters: list[nn.Parameter], cache: ImageCache
+    task: Task,
+    worker: Worker,
+    model: Classifier,
+    parameters: list[nn.Parameter],
+    cache: ImageCache,
+    dtype: torch.dtype,
 ) -> tuple[list[dict[str, float]], int]:
-    """Adam and StepLR over all epochs, end to end.
+    """Adam and StepLR over all epochs, end to end; the weights stay in fp32, whatever `dtype` the passes run in.
 
     Returns: one history row an epoch, the same on every worker; how many training images this worker computed.
     """
@@ -76,16 +87,17 @@ def train_epochs(
         lr = optimizer.param_groups[0]["lr"]
         sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
         for batch, labels, global_count in train_batches(task, worker, epoch, cache):
-            logits = forward(batch)
-            # DistributedDataParallel averages over workers; the loss is a mean over the global batch.
-            loss = cross_entropy(logits, labels, reduction="sum") * (worker.world_size / global_count)
+            with autocast(worker, dtype):
+                logits = forward(batch)
+                # DistributedDataParallel averages over workers; the loss is a mean over the global batch.
+                loss = cross_entropy(logits, labels, reduction="sum") * (worker.world_size / global_count)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             sums += metrics.batch_sums(logits, labels)
             num_images += len(labels)
         scheduler.step()
-        val_logits = evaluate(model, dataset.val, cache, task.preprocessing, worker)
+        val_logits = evaluate(model, dataset.val, cache, task.preprocessing, worker, dtype)
         val_sums = metrics.batch_sums(val_logits, labels_of(shard(dataset.val, worker))).to(worker.device)
         train_loss, train_accuracy = metrics.divide(all_reduce_sum(sums))
         val_loss, val_accuracy = metrics.divide(all_reduce_sum(val_sums))
@@ -129,14 +141,21 @@ def train_batches(task: Task, worker: Worker, epoch: int, cache: ImageCache) -> 
 
 @torch.inference_mode()
 def evaluate(
-    model: Classifier, samples: Sequence[Sample], cache: ImageCache, preprocessing: Preprocessing, worker: Worker
+    model: Classifier,
+    samples: Sequence[Sample],
+    cache: ImageCache,
+    preprocessing: Preprocessing,
+    worker: Worker,
+    dtype: torch.dtype,
 ) -> Tensor:
     """(n, C) logits on the CPU of this worker's share of the samples: every world_size-th, by rank."""
     mine = shard(samples, worker)
     logits = [torch.zeros((0, model.head.out_features))]
     for start in range(0, len(mine), EVAL_BATCH_SIZE_PER_WORKER):
         images = [cache.read(sample.path) for sample in mine[start : start + EVAL_BATCH_SIZE_PER_WORKER]]
-        logits.append(model(eval_batch(images, preprocessing, worker.device)).float().cpu())
+        with autocast(worker, dtype):
+            outputs = model(eval_batch(images, preprocessing, worker.device))
+        logits.append(outputs.float().cpu())
     return torch.cat(logits)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from plates.dataset import Sample, Source
 from plates.images import prefetch
-from plates.model import fast_trunk
+from plates.model import fast_trunk, hash_weights
 from plates.rundir import write_whole
 from plates.storage import Place, place_of, remove_tree
 from plates.transforms import Preprocessing, crop, draw_view, flip, move, normalize, resize
@@ -49,14 +49,10 @@ def features_key(
     described: dict[str, Any],
 ) -> str:
     """Hash of all that the features follow from: contents, paths, weights, preprocessing, seed, views, precision."""
-    state = hashlib.sha256()
-    for name, value in weights.items():
-        state.update(name.encode())
-        state.update(value.contiguous().numpy().tobytes())
     whole = {
         "format": FORMAT,
         "images": [[(sample.path, digests[sample.path]) for sample in samples] for samples in splits],
-        "weights": state.hexdigest(),
+        "weights": hash_weights(weights),
         "preprocessing": preprocessing.to_dict(),
         "torch": torch.__version__,
         **described,

@@ -287,6 +287,15 @@ def preprocessing_of(backbone: str, image_size: int) -> Preprocessing:
     return Preprocessing(image_size=image_size, mean=mean, std=std)
 
 
+def hash_weights(state: dict[str, Tensor]) -> str:
+    """Of names and values."""
+    found = hashlib.sha256()
+    for name, value in state.items():
+        found.update(name.encode())
+        found.update(memoryview(value.contiguous().numpy()))
+    return found.hexdigest()
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """The state of end-to-end training, stored between epochs: a run that is cut off goes on from its last one."""
 
-import hashlib
 import json
 import time
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 
 from plates.rundir import STATE_FILE, write_whole
 from plates.train_loop.group import Worker, broadcast
-from plates.train_loop.task import Task
+from plates.train_loop.task import Task, task_key
 
 SECONDS_PER_STATE = 10.0  # of training that a run may lose
 TOLD = "told"  # the JSON beside the tensors, as bytes
@@ -21,7 +20,7 @@ History = list[dict[str, float]]
 class SavedState:
     """Parameters, Adam's moments, the schedule and the history after an epoch, in one safetensors file.
 
-    It is taken up only by a run of the same settings over the same image contents.
+    It is taken up only by a task of the same key.
     """
 
     def __init__(
@@ -32,9 +31,7 @@ class SavedState:
         scheduler: torch.optim.lr_scheduler.StepLR,
     ) -> None:
         self.path = task.run / STATE_FILE
-        labelled = [task.dataset.train, task.dataset.val]
-        what = [repr(task.config), repr(labelled), [task.digests[s.path] for part in labelled for s in part]]
-        self.key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        self.key = task_key(task)
         self.parameters = parameters
         self.optimizer = optimizer
         self.scheduler = scheduler

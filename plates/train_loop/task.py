@@ -1,15 +1,21 @@
 """What a run is, the same on every worker, and what it gives."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from plates.config import TrainConfig
 from plates.dataset import Dataset
-from plates.model import Weights
+from plates.model import Weights, hash_weights
 from plates.storage import Place
 from plates.transforms import Preprocessing
+
+# Where a run lies and what computes it: the result is the same, to rounding.
+NO_RESULT = {"data", "out", "backbone", "weights", "num_workers", "device", "cpus_per_worker", "skip_unreadable"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,21 @@ class Task:
     cache_root: Place
     run: Place
     submitted_at: float
+
+
+def task_key(task: Task) -> str:
+    """Hash of what a task's result follows from: settings, labelled images by content, weights by content. What was
+    stored under one key is never joined to work under another."""
+    labelled = (task.dataset.train, task.dataset.val)
+    whole = {
+        "settings": {name: value for name, value in asdict(task.config).items() if name not in NO_RESULT},
+        "images": [[(s.path, s.label, task.digests[s.path]) for s in samples] for samples in labelled],
+        "backbone": task.weights.backbone,
+        "weights": hash_weights(task.weights.state),
+        "preprocessing": task.preprocessing.to_dict(),
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from typing import Any, Literal, cast
 
 import torch
 
-from plates.config import UserError
+from plates.config import UserError, WorkerConfig
 
-WAIT_FOR_NODES_S = 20.0
+FIRST_NODE_S = 20.0  # in which a cluster that has just started shows a node
 AUTOSCALER_ANSWERS_S = 10.0  # in which an autoscaler that can help has nodes on their way
-SCALE_UP_S = 1200.0
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -29,6 +28,11 @@ class Plan:
     device: Literal["cpu", "cuda"]
     cpus_per_worker: int
     reason: str
+    wait_for_nodes_s: float = WorkerConfig.wait_for_nodes_s
+
+    @property
+    def resources_per_worker(self) -> dict[str, float]:
+        return {"CPU": float(self.cpus_per_worker)} | ({"GPU": 1.0} if self.device == "cuda" else {})
 
     @property
     def world_size(self) -> int:
@@ -48,7 +52,12 @@ class Node:
     num_gpus: int
 
 
-def plan_job(num_workers: Literal["auto"] | int, device: str, cpus_per_worker: int | None = None) -> Plan:
+def plan_job(
+    num_workers: Literal["auto"] | int,
+    device: str,
+    cpus_per_worker: int | None = None,
+    wait_for_nodes_s: float = WorkerConfig.wait_for_nodes_s,
+) -> Plan:
     """Decides the workers of a job; connects to Ray, or starts it here, where workers are wanted.
 
     Raises: UserError for a device or a number of workers that is not there.
@@ -59,8 +68,8 @@ def plan_job(num_workers: Literal["auto"] | int, device: str, cpus_per_worker: i
     start_ray()
     nodes = list_nodes()
     if num_workers != "auto" and is_in_cluster():
-        nodes = scale_up(num_workers, device, nodes)
-    plan = plan_workers(num_workers, device, nodes)
+        nodes = scale_up(num_workers, device, nodes, wait_for_nodes_s)
+    plan = replace(plan_workers(num_workers, device, nodes), wait_for_nodes_s=wait_for_nodes_s)
     if cpus_per_worker is None:
         return plan
     if cpus_per_worker > plan.cpus_per_worker:
@@ -122,7 +131,7 @@ def share_cpus(num_workers: int, device: str, nodes: list[Node]) -> int | None:
     return None
 
 
-def scale_up(num_workers: int, device: str, nodes: list[Node]) -> list[Node]:
+def scale_up(num_workers: int, device: str, nodes: list[Node], limit_s: float) -> list[Node]:
     """The nodes when the cluster has room for the workers, its autoscaler asked for what is missing.
 
     GPUs are asked for where the device may be one and the CPUs there are do not hold the workers. Where no node is on
@@ -137,7 +146,7 @@ def scale_up(num_workers: int, device: str, nodes: list[Node]) -> list[Node]:
         bundle = {"CPU": 1, "GPU": 1} if kind == "cuda" else {"CPU": 1}
         request_resources(bundles=[bundle] * num_workers)
         try:
-            nodes = wait_for_room(num_workers, kind)
+            nodes = wait_for_nodes(num_workers, kind, limit_s)
         finally:
             request_resources(bundles=[])  # else it would hold the nodes for ever; from here on the job does
         if share_cpus(num_workers, kind, nodes):
@@ -145,7 +154,7 @@ def scale_up(num_workers: int, device: str, nodes: list[Node]) -> list[Node]:
     return nodes
 
 
-def wait_for_room(num_workers: int, device: str) -> list[Node]:
+def wait_for_nodes(num_workers: int, device: str, limit_s: float) -> list[Node]:
     """Waits while nodes are on their way, and returns those alive then."""
     began_s = coming_s = time.monotonic()
     num_said = 0
@@ -157,7 +166,7 @@ def wait_for_room(num_workers: int, device: str) -> list[Node]:
             if num_coming != num_said:
                 print(f"the cluster starts {num_coming} nodes for {num_workers} workers", flush=True)
                 num_said = num_coming
-        is_over = now_s - coming_s > AUTOSCALER_ANSWERS_S or now_s - began_s > SCALE_UP_S
+        is_over = now_s - coming_s > AUTOSCALER_ANSWERS_S or now_s - began_s > limit_s
         if is_over or share_cpus(num_workers, device, nodes):
             return nodes
 
@@ -176,13 +185,47 @@ def count_coming() -> int:
     return len(report.get("pending_nodes", [])) + sum(report.get("pending_launches", {}).values())
 
 
-def shrink(plan: Plan) -> Plan:
-    """The plan with no more workers than the nodes alive now have room for, and at least one."""
-    nodes = list_nodes()
-    count = plan.num_workers
-    while count > 1 and (share_cpus(count, plan.device, nodes) or 0) < plan.cpus_per_worker:
-        count -= 1
-    return replace(plan, num_workers=count)
+def find_room(plan: Plan) -> Plan:
+    """The plan, on no more workers than the nodes alive can hold, as soon as that room is free.
+
+    Waits while other jobs use it, and while nodes are on their way where no node is left that could hold a worker.
+
+    Raises: UserError where it stays taken, or nothing is on its way.
+    """
+    from ray.util import placement_group, remove_placement_group
+
+    began_s = coming_s = time.monotonic()
+    has_said = False
+    while True:
+        nodes = list_nodes()
+        fitting = next((n for n in range(plan.num_workers, 0, -1)
+                        if (share_cpus(n, plan.device, nodes) or 0) >= plan.cpus_per_worker), 0)  # fmt: skip
+        # A group that waits for its room tells an autoscaler, too, what is wanted.
+        group = placement_group([plan.resources_per_worker] * max(1, fitting))
+        is_free = group.wait(5)
+        remove_placement_group(group)
+        if is_free:
+            return replace(plan, num_workers=max(1, fitting))
+        now_s = time.monotonic()
+        what = f"{plural(fitting or 1, 'worker')} of {plural(plan.cpus_per_worker, 'CPU')}"
+        what += " and a GPU" if plan.device == "cuda" else ""
+        if fitting or count_coming():
+            coming_s = now_s
+        elif now_s - coming_s > AUTOSCALER_ANSWERS_S:
+            raise UserError(f"--num-workers {plan.num_workers}: no node has room for {what}, and none is on its way")
+        if now_s - began_s > plan.wait_for_nodes_s:
+            raise UserError(
+                f"--wait-for-nodes-s {plan.wait_for_nodes_s:g}: in that time there was no room for {what}; "
+                "wait longer, or ask for fewer or smaller workers"
+            )
+        if not has_said:
+            why = "the cluster is busy" if fitting else "the cluster has lost its nodes"
+            print(f"{why}: waiting up to {plan.wait_for_nodes_s:g} s for room for {what}", flush=True)
+            has_said = True
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def has_many_gpus(device: str) -> bool:
@@ -268,7 +311,7 @@ def list_nodes() -> list[Node]:
     """Nodes alive now; a cluster that has just started is given a moment to show one."""
     import ray
 
-    deadline_s = time.monotonic() + WAIT_FOR_NODES_S
+    deadline_s = time.monotonic() + FIRST_NODE_S
     while True:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if alive or time.monotonic() > deadline_s:

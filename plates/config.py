@@ -55,14 +55,15 @@ class WorkerConfig:
     """Of the trunk. auto: bf16 where the device computes it, fp16 on older GPUs, else fp32."""
     cpus_per_worker: int | None = None
     """CPU cores of each Ray worker [default: an equal share of what there is]."""
+    wait_for_nodes_s: float = 1200.0
+    """Seconds that a job waits on a cluster for nodes that start and for room that other jobs take."""
 
     def __post_init__(self) -> None:
+        require("--wait-for-nodes-s", self.wait_for_nodes_s, self.wait_for_nodes_s >= 0, "must be at least 0")
         if self.cpus_per_worker is not None:
             require("--cpus-per-worker", self.cpus_per_worker, self.cpus_per_worker >= 1, "must be at least 1")
         if self.num_workers != "auto":
             require("--num-workers", self.num_workers, self.num_workers >= 0, "must be auto, 0 or more")
-        if self.precision == "fp16" and self.device == "cpu":
-            raise UserError("--precision fp16: is for GPUs; on --device cpu use auto, bf16 or fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

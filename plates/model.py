@@ -292,7 +292,7 @@ def hash_weights(state: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, value in state.items():
         found.update(name.encode())
-        found.update(memoryview(value.contiguous().numpy()))
+        found.update(value.contiguous().numpy().tobytes())
     return found.hexdigest()
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from plates.cluster import Plan
+from plates.cluster import Plan, find_room
 from plates.config import UserError
 from plates.dataset import Dataset, Skipped, Source, UnreadableImageError, leave_out
 from plates.images import prefetch
@@ -86,6 +86,7 @@ def pack_on_ray(source: Source, parts: list[pd.DataFrame], plan: Plan, folder: P
     """One task a shard, as many at a time as the plan has workers."""
     import ray.data
 
+    plan = find_room(plan)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the driver's tqdm shows it
     packed = ray.data.from_pandas(parts).map_batches(
         cast(Any, pack_shard),

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from plates.checkpoint import Bundle, build_model
-from plates.cluster import Plan, this_node
+from plates.cluster import Plan, find_room, this_node
 from plates.dataset import Dataset, Sample, Skipped, Source, UnreadableImageError, image_ids
 from plates.features import FrozenTrunk
 from plates.images import prefetch
@@ -165,6 +165,7 @@ def predict_here(bundle: Bundle, source: Source, paths: list[str], plan: Plan, p
 def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan, precision: str) -> Iterator[Batch]:
     import ray.data
 
+    plan = find_room(plan)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the driver's tqdm shows it
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from plates.cluster import Plan, shrink
+from plates.cluster import Plan, find_room, plural
 from plates.config import TrainConfig, UserError
 from plates.dataset import Dataset, UnreadableImageError
 from plates.features import cache_root
@@ -22,6 +22,8 @@ from plates.transforms import Preprocessing
 ResultT = TypeVar("ResultT")
 STATE_FOLDER = ".ray_train"  # Ray Train's own bookkeeping inside the run directory, gone when the run is done
 MAX_RESTARTS = 8  # after lost workers, before a run gives up
+# Ray sees a worker that is gone. One that is there may be slow, or wait for rank 0 to fit a long head.
+COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 
 
 def make_task(
@@ -86,15 +88,16 @@ def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan:
 
     what = ray.put((loop, task))  # weights and data set go through the object store, once a node
     for num_lost in itertools.count(1):
+        room = find_room(plan)
+        if num_lost > 1:
+            print(f"a worker was lost; going on with {plural(room.num_workers, 'worker')}", flush=True)
         try:
-            return fit(what, plan, task.run)
+            return fit(what, room, task.run)
         except (TrainingFailedError, RayError) as error:  # the latter of Ray Train's own controller
             failures = failures_of(error)
             told = [failure for failure in failures if isinstance(failure, OSError)]  # an image, a full disk
             if told or num_lost > MAX_RESTARTS or not any(map(is_lost_worker, failures)):
                 raise (told or [error])[0] from error
-            plan = shrink(plan)
-            print(f"a worker was lost; going on with {plan.num_workers} workers", flush=True)
         finally:
             remove_tree(task.run / STATE_FOLDER)
     raise AssertionError("the loop above returns or raises")
@@ -104,7 +107,7 @@ def fit(what: Any, plan: Plan, run: Place) -> Any:
     """One group of workers from start to end; returns what rank 0 returns."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: Any) -> None:
@@ -124,12 +127,14 @@ def fit(what: Any, plan: Plan, run: Place) -> Any:
 
     callbacks = ["plates.placement.ReleaseRoom", *os.environ.get("RAY_TRAIN_CALLBACKS", "").split(",")]
     os.environ["RAY_TRAIN_CALLBACKS"] = ",".join(filter(None, dict.fromkeys(callbacks)))
-    resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.device == "cuda" else {})
     trainer = Trainer(
         run_on_worker,
         train_loop_config={"what": what},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=plan.num_workers, use_gpu=plan.device == "cuda", resources_per_worker=resources
+            num_workers=plan.num_workers,
+            use_gpu=plan.device == "cuda",
+            resources_per_worker=plan.resources_per_worker,
         ),
         run_config=RunConfig(
             name=STATE_FOLDER,

@@ -29,7 +29,7 @@ def run_prediction(config: PredictConfig) -> int:
         )
     if not dataset.test:
         raise UserError(f"--data {config.data}: has no test/ folder with images to predict")
-    plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker)
+    plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
     check_nodes(plan, dataset, run)
     resolved = {
         "backbone": bundle.backbone,

@@ -28,7 +28,7 @@ def train(config: TrainConfig) -> int:
     phases = Phases()
     with phases.measure("data"):
         dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
-    plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker)
+    plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
     check_nodes(plan, dataset, run)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)

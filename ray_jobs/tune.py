@@ -27,7 +27,7 @@ def tune(config: TuneConfig) -> int:
         dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
         dataset = merge_labelled(dataset)
     folds = make_folds(dataset.train, config)
-    plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker)
+    plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
     check_nodes(plan, dataset, run)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)

@@ -15,7 +15,8 @@ from plates.storage import Place
 from plates.transforms import Preprocessing
 
 # Where a run lies and what computes it: the result is the same, to rounding.
-NO_RESULT = {"data", "out", "backbone", "weights", "num_workers", "device", "cpus_per_worker", "skip_unreadable"}
+NO_RESULT = {"data", "out", "backbone", "weights", "num_workers", "device", "cpus_per_worker", "skip_unreadable",
+             "wait_for_nodes_s"}  # fmt: skip
 
 
 @dataclass(frozen=True)

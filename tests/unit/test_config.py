@@ -5,7 +5,7 @@ import pytest
 from plates.config import JOB_CONFIGS, TrainConfig, TuneConfig, UserError, run_job
 
 DATA = {"data", "out", "skip_unreadable"}
-WORKER = {"num_workers", "device", "precision", "cpus_per_worker"}
+WORKER = {"num_workers", "device", "precision", "cpus_per_worker", "wait_for_nodes_s"}
 MODEL = {
     "backbone", "weights", "trainable", "epochs", "lr", "step_size", "gamma", "global_batch_size", "image_size",
     "seed", "num_views",

@@ -1,0 +1,74 @@
+"""A cluster that is busy: a job says so, waits for its room, and takes no other job's work for a lost worker."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import ray
+import torch.distributed as dist
+from test_train import CONFIG, train_on
+
+from plates.cluster import Plan, find_room
+from plates.config import UserError
+from plates.trainer import run_loop
+
+TWO = Plan(2, "cpu", 1, "test")
+
+
+@pytest.fixture
+def hold_cpus(local_ray):
+    """Takes all CPUs as another job would, for some seconds."""
+    holders = []
+
+    @ray.remote(num_cpus=2)
+    class Holder:
+        def hold(self) -> None: ...
+
+    def hold(time_s: float) -> None:
+        holders.append(Holder.remote())
+        ray.get(holders[0].hold.remote())
+        threading.Timer(time_s, ray.kill, holders).start()
+
+    yield hold
+    for holder in holders:
+        ray.kill(holder)
+
+
+def test_a_busy_cluster_is_said_and_waited_for(hold_cpus, folder, tmp_path, monkeypatch, capsys):
+    """For longer than Ray Train waits for a group's start, after which the group counted as lost, eight times."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    hold_cpus(8)
+    trained = train_on(2, replace(CONFIG, data=str(folder), epochs=1), tmp_path)
+    assert len(trained.timings) == 2
+    said = capsys.readouterr().out
+    assert "a worker was lost" not in said
+    assert said.count("the cluster is busy") == 1
+
+
+def test_waiting_for_room_ends(hold_cpus):
+    hold_cpus(20)
+    began_s = time.monotonic()
+    with pytest.raises(UserError, match="there was no room for 2 workers of 1 CPU"):
+        find_room(replace(TWO, wait_for_nodes_s=1))
+    assert time.monotonic() - began_s < 15
+
+
+def test_what_no_node_can_hold_is_not_waited_for(local_ray, monkeypatch):
+    monkeypatch.setattr("plates.cluster.AUTOSCALER_ANSWERS_S", 0.0)
+    with pytest.raises(UserError, match="no node has room for 1 worker of 4 CPUs, and none is on its way"):
+        find_room(replace(TWO, cpus_per_worker=4))
+    assert find_room(replace(TWO, num_workers=3)).num_workers == 2
+
+
+def test_no_worker_gives_up_on_another_that_works_longer(local_ray, tmp_path):
+    """Torch's own limit is 30 minutes; Ray sees a worker that is gone, and a slow one is waited for."""
+
+    def tell(task, worker):
+        return dist.group.WORLD._get_backend(worker.device).options._timeout.total_seconds()
+
+    class Task:
+        run = tmp_path
+        config = CONFIG
+
+    assert run_loop(tell, Task(), TWO) > 24 * 3600

@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import pty
 import shlex
 import signal
 import socket
@@ -100,6 +101,28 @@ def test_ctrl_c_without_a_terminal_leaves_the_job(cluster, tmp_path):
     _, message = following.communicate(timeout=30)
     assert following.returncode == 1
     assert run(shlex.split(message.partition("stop it with: ")[2]), cluster.env).returncode == 0
+
+
+def test_ctrl_c_at_a_terminal_asks_and_does_what_is_answered(cluster, tmp_path):
+    terminal, its_end = pty.openpty()
+    flags = [*SMALL, "100000", "--num-workers", "0", "--out", str(tmp_path / "a")]
+    following = subprocess.Popen(
+        [*SUBMIT, "train", "--address", cluster.address, *flags],
+        env=cluster.env, stdin=its_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log, questions = following.stdout, following.stderr
+    assert log is not None
+    assert questions is not None
+    assert any("runs in this process" in line for line in log)
+    for answer in (b"c\n", b"s\n"):
+        following.send_signal(signal.SIGINT)
+        while "[c]ontinue: " not in (asked := os.read(questions.fileno(), 1000).decode()):
+            assert asked, "the client ended without a question"
+        assert following.poll() is None
+        os.write(terminal, answer)
+    message = following.communicate(timeout=60)[1]
+    assert following.returncode == 1, message
+    assert "STOPPED" in message
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 """A cluster of several raylets on this machine: workers spread over nodes, and nodes go away."""
 
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 
 import pandas as pd
@@ -38,7 +42,7 @@ def test_workers_spread_over_nodes_and_give_the_same_model(cluster, tmp_path, ca
     assert abs(both[0]["p_dirty"] - both[1]["p_dirty"]).max() < 1e-4
 
 
-def test_preflight_names_the_node_and_what_it_cannot_do(cluster, folder, tmp_path, capsys):
+def test_preflight_finds_nothing_where_nothing_is_wrong(cluster, folder, tmp_path, capsys):
     flags = ["--num-workers", "2", "--out", str(tmp_path / "run")]
     (folder / "train" / "cleaned" / "1.jpg").write_bytes(b"no image")  # no fault of a node
     assert check.main([*flags, "--data", str(folder)]) == 0
@@ -47,6 +51,39 @@ def test_preflight_names_the_node_and_what_it_cannot_do(cluster, folder, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
     assert check.main([*flags, "--device", "cuda"]) == 2
     assert "the cluster has no GPU" in capsys.readouterr().err
+
+
+@pytest.fixture
+def other_machine(cluster, folder, tmp_path) -> Iterator[None]:
+    """A third node, which has an empty disk where the others have the photos, and another torch."""
+    if os.geteuid():
+        pytest.skip("only root may give a process another disk")
+    other = tmp_path / "other" / "torch-0.0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 0.0.1\n")
+    start = f"ray start --address={cluster.address} --num-cpus=1 --object-store-memory=100000000 --block"
+    command = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {folder} && exec {start}"]
+    environment = {**os.environ, "PYTHONPATH": str(other.parent), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    node = subprocess.Popen(command, env=environment, start_new_session=True)
+    ray.init(address=cluster.address)
+    while sum(node["Alive"] for node in ray.nodes()) < 4:
+        time.sleep(0.5)
+    ray.shutdown()
+    yield
+    os.killpg(node.pid, signal.SIGTERM)
+    node.wait(30)
+
+
+def test_preflight_names_the_node_and_what_it_cannot_do(other_machine, folder, tmp_path, capsys):
+    flags = ["--data", str(folder), "--out", str(tmp_path / "run"), "--num-workers", "2"]
+    assert check.main(flags) == 2
+    *_, bad = sorted(capsys.readouterr().out.splitlines(), key=len)
+    assert "cannot read train/cleaned/0.jpg of --data" in bad
+    assert f"has torch 0.0.1, the driver {preflight.versions()['torch']}" in bad
+    assert train.main([*SMALL, *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.count("cannot read train/cleaned/0.jpg") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_node_of_other_versions_or_without_the_folder_is_refused(tmp_path):

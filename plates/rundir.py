@@ -162,8 +162,7 @@ def write_whole(path: Place, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         if isinstance(path, UriPath):
-            with temporary.open("rb") as file:
-                path.write_from(file)
+            path.upload(temporary)
         else:
             temporary.chmod(0o666 & ~current_umask())
             temporary.replace(path)

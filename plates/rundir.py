@@ -1,5 +1,6 @@
 """The run directory: where it is, who may write into it, and files written whole or not at all."""
 
+import functools
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import psutil
+from filelock import FileLock, Timeout
 
 from plates.config import UserError
 from plates.storage import Place, UriPath, place_of
@@ -46,9 +48,9 @@ def claim_run(run: Place, job: str, config: Any, resolved: dict[str, Any]) -> No
     """
     try:
         settings = requested(job, config)
-        check_claimable(run, settings)
         run.mkdir(parents=True, exist_ok=True)
         lock_run(run)
+        check_claimable(run, settings)  # now that no other process can finish it
         write_json(run / CONFIG_FILE, {"status": "unfinished", **settings, **resolved, "requested": settings})
     except OSError as error:
         raise UserError(f"--out {run}: cannot be written ({error.strerror or error})") from error
@@ -57,25 +59,54 @@ def claim_run(run: Place, job: str, config: Any, resolved: dict[str, Any]) -> No
 def lock_run(run: Place) -> None:
     """Takes the directory for this process until it ends or `finish_run`. Raises: UserError where it is taken.
 
-    The lock is a record of who holds it, touched as long as the holder lives, since no lock of an operating system
-    reaches over machines and object stores. Of two that write it at once the last one has it.
+    On a disk the kernel keeps the lock (flock) and frees it with the process, however that ends, whatever containers
+    and hosts are called. It reaches over machines where the file system carries it, as NFS of Linux does, whose server
+    frees it some 90 s after a machine went away. In an object store, where no lock reaches, it is a record of who
+    holds it, touched as long as the holder lives; of two that write it at once the last one has it.
     """
     path = run / LOCK_FILE
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    if isinstance(path, Path):
+        lock = file_lock(path)
+        lock.release(force=True)  # this process may take it again, in a directory made anew, too
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"--out {run}: another process is at work in it; wait, or give another") from None
+        return
+    me = {
+        "host": socket.gethostname(),
+        "processes": process_table(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+    }
     if path.exists() and is_held(holder := json.loads(path.read_text()), me, time.time() - path.stat().st_mtime):
         raise UserError(
             f"--out {run}: process {holder['pid']} on {holder['host']} is at work in it; wait, or give another"
         )
     write_json(path, me)
-    time.sleep(0.1 if isinstance(path, Path) else 1.0)
+    time.sleep(1.0)
     if json.loads(path.read_text()) != me:
         raise UserError(f"--out {run}: another process has just started in it; give another directory")
     threading.Thread(target=keep_lock, args=(path,), daemon=True).start()
 
 
+@functools.cache
+def file_lock(path: Path) -> FileLock:
+    """One a file and process."""
+    return FileLock(path, thread_local=False)
+
+
+def process_table() -> str:
+    """What a process number counts in: each container has its own, and containers may share a host's name."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
 def is_held(holder: dict[str, Any], me: dict[str, Any], age_s: float) -> bool:
-    """Whether the process of a lock still lives: looked up on this machine, by its last sign on others."""
-    if holder["host"] != me["host"]:
+    """Whether the process of a lock's record still lives: looked up where it can be, else by its last sign."""
+    if holder.get("processes") != me["processes"]:
         return age_s < STALE_S
     if holder["pid"] == me["pid"]:
         return False
@@ -116,6 +147,8 @@ def finish_run(run: Place) -> None:
     update_config(run, status="finished")
     for name in (STATE_FILE, LOCK_FILE):
         (run / name).unlink(missing_ok=True)
+    if isinstance(run, Path):
+        file_lock(run / LOCK_FILE).release(force=True)
 
 
 def update_config(run: Place, **changes: Any) -> None:

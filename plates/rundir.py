@@ -59,10 +59,10 @@ def claim_run(run: Place, job: str, config: Any, resolved: dict[str, Any]) -> No
 def lock_run(run: Place) -> None:
     """Takes the directory for this process until it ends or `finish_run`. Raises: UserError where it is taken.
 
-    On a disk the kernel keeps the lock (flock) and frees it with the process, however that ends, whatever containers
-    and hosts are called. It reaches over machines where the file system carries it, as NFS of Linux does, whose server
-    frees it some 90 s after a machine went away. In an object store, where no lock reaches, it is a record of who
-    holds it, touched as long as the holder lives; of two that write it at once the last one has it.
+    On a disk the kernel keeps the lock (flock) and frees it with the process, however that ends and whatever its host
+    is called. It reaches over machines where the file system carries it, as Linux's NFS does, whose server frees it
+    some 90 s after a machine went away. In an object store, where no lock reaches, it is a record of who holds it,
+    touched as long as the holder lives; of two that write it at once the last one has it.
     """
     path = run / LOCK_FILE
     if isinstance(path, Path):

@@ -99,8 +99,8 @@ class UriPath:
     def upload(self, file: Path) -> None:
         """Writes what a file of this machine holds.
 
-        In one call of Arrow's, which Python's Ctrl-C does not interrupt: a stream that is closed on the way out, be it
-        by an exception or by being forgotten, puts what it has of the file in the place of the whole.
+        In one call of Arrow's, which Ctrl-C does not interrupt: a stream that is closed on the way out, by an
+        exception or by being forgotten, puts what it has of the file in the place of the whole.
         """
         store, path = self._open_store()
         fs.copy_files(str(file), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=store)

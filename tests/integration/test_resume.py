@@ -40,7 +40,7 @@ def test_features_of_a_run_cut_off_are_not_computed_again(folder, tmp_path, monk
     config = replace(CONFIG, data=str(folder))
     whole = train_on(0, config, tmp_path / "a")
     monkeypatch.setenv("PLATES_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(features, "SECONDS_PER_PART", 0.0)
+    monkeypatch.setattr("plates.parts.SECONDS_PER_PART", 0.0)
     monkeypatch.setattr(features, "VIEWS_PER_FORWARD", 2)
     with monkeypatch.context() as broken:
         cut_off_after(12, broken)

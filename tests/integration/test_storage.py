@@ -9,12 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
+from test_features import run_beside
+from test_train import CONFIG, assert_same
 
 from plates import storage
 from plates.rundir import write_whole
@@ -78,6 +81,17 @@ def test_a_run_from_s3_to_s3_is_the_run_on_this_disk(folder, bucket, tmp_path, m
     assert "testing-secret" not in said.out + said.err
 
 
+@pytest.mark.parametrize("stale_s", [60, -1], ids=["at work", "taken for cut off"])
+def test_two_runs_of_the_same_features_in_s3_both_end_right(stale_s, folder, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("plates.parts.STALE_S", stale_s)
+    cache = f"{bucket}/shared-cache{stale_s}"
+    monkeypatch.setenv("PLATES_CACHE", cache)
+    first, second, (stored, left) = run_beside(replace(CONFIG, data=str(folder)), tmp_path, monkeypatch)
+    assert left == (stored if stale_s > 0 else [])
+    assert_same(first, second, tolerance=1e-6)
+    assert [place.suffix for place in walk(UriPath(cache))] == [".npy"]
+
+
 def walk(place: UriPath) -> Iterator[UriPath]:
     for child in place.iterdir():
         if child.is_dir():
@@ -127,7 +141,7 @@ def test_an_interrupted_write_leaves_the_old_object_or_the_whole_new_one(after_s
     place.write_bytes(old)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
             write_whole(place, lambda file: file.write_bytes(new) and signal.setitimer(signal.ITIMER_REAL, after_s))
             time.sleep(1)
     finally:

@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import platform
+import re
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 import psutil
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from plates.config import UserError
 from plates.storage import Place, UriPath, place_of
@@ -36,7 +37,8 @@ def find_run(out: str | None, job: str, config: Any) -> Place:
 
     Raises: UserError for a finished run, a run of other settings, or a directory of other things.
     """
-    run = place_of("--out", out or f"runs/{job}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    assert out, "run_job gives every run a directory"
+    run = place_of("--out", out)
     check_claimable(run, requested(job, config))
     return run
 
@@ -199,10 +201,12 @@ def write_whole(path: Place, write: Callable[[Path], object]) -> None:
         else:
             temporary.chmod(0o666 & ~current_umask())
             temporary.replace(path)
-    except OSError as error:
-        if error.errno is None:
+    except (OSError, SafetensorError) as error:  # not every library names the file, nor tells the error as such
+        told = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else told and int(told[1])
+        if number is None:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # not every library names the file
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -16,14 +16,6 @@ from plates.config import TrainConfig, UserError
 CONFIG = TrainConfig(data="synthetic:8", epochs=2)
 
 
-def test_a_new_run_gets_a_directory_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    one, other = rundir.find_run(None, "train", CONFIG), rundir.find_run(None, "train", CONFIG)
-    assert one != other
-    assert one.parent == tmp_path / "runs"
-    assert not one.exists()
-
-
 def test_a_finished_run_is_never_taken_again(tmp_path):
     run = tmp_path / "run"
     rundir.claim_run(run, "train", CONFIG, {})

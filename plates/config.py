@@ -266,7 +266,7 @@ def run_job(
 ) -> int:
     """Parses the flags, runs the job and returns the exit code: 2 with one line for a user's mistake.
 
-    A run without --out gets its directory here, so that whatever cuts it off can name it. SIGTERM ends a job as Ctrl-C
+    A run without --out gets its directory here, so that what cuts it off can name it. SIGTERM ends a job as Ctrl-C
     does: what is unfinished stays, and the same command takes it up.
     """
     before, resume = signal.signal(signal.SIGTERM, signal.default_int_handler), ""

@@ -8,16 +8,16 @@ import socket
 import threading
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
+import joblib
 import torch
 
+from plates.address import check_address
 from plates.config import UserError, WorkerConfig
 
 FIRST_NODE_S = 20.0  # in which a cluster that has just started shows a node
 AUTOSCALER_ANSWERS_S = 10.0  # in which an autoscaler that can help has nodes on their way
-CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,11 @@ def plan_here(device: str, reason: str) -> Plan:
 
 
 def num_usable_cpus() -> int:
-    """CPUs that this process may run on; a job's driver inherits OMP_NUM_THREADS=1, which says nothing of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may run on and its container's share of them, at least 1.
+
+    A job's driver inherits OMP_NUM_THREADS=1, which says nothing of them.
+    """
+    return joblib.cpu_count()
 
 
 def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[Node]) -> Plan:
@@ -257,54 +260,6 @@ def start_ray() -> None:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which aborts
-
-
-def check_address(address: str) -> None:
-    """Makes sure that a cluster at HOST:PORT lets us in, with its token where it wants one.
-
-    Ray itself would try for minutes, and offers a token only where RAY_AUTH_MODE says so when it is imported.
-
-    Raises: UserError.
-    """
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal() or "://" in address:
-        return
-    import grpc
-
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-        status = ask_alive(address, None)
-        if status not in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED):
-            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({status.name})")
-        if status == grpc.StatusCode.UNAUTHENTICATED:
-            token = find_token()
-            if not token or ask_alive(address, token) != grpc.StatusCode.OK:
-                what = "a token" if not token else "another token than this one"
-                rule = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
-                raise UserError(f"RAY_ADDRESS {address}: the cluster wants {what}; {rule}")
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-    except OSError as error:
-        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
-
-
-def ask_alive(address: str, token: str | None) -> Any:
-    """The gRPC status with which a Ray head answers to being asked whether it is alive; OK where it lets us in."""
-    import grpc
-
-    metadata = (("authorization", f"Bearer {token}"),) if token else ()
-    with grpc.insecure_channel(address) as channel:
-        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
-        try:
-            ask(b"", timeout=CONNECT_TIMEOUT_S, metadata=metadata)
-        except grpc.RpcError as error:
-            return cast(grpc.Call, error).code()
-    return grpc.StatusCode.OK
-
-
-def find_token() -> str | None:
-    """The token for a cluster, where Ray looks for it."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else None)
 
 
 def list_nodes() -> list[Node]:

@@ -4,33 +4,31 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-import time
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import platformdirs
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from plates import images, model, transforms
 from plates.dataset import Sample, Source
 from plates.images import prefetch
 from plates.model import fast_trunk, hash_weights
 from plates.rundir import write_whole
-from plates.storage import Place, place_of, remove_tree
+from plates.storage import Place, place_of
 from plates.transforms import Preprocessing, crop, draw_view, flip, move, normalize, resize
 
-FORMAT = 2  # of the stored features; a change of what is computed here changes it
+LIBRARIES = ("torch", "torchvision", "timm", "pillow")  # whose code a feature follows from
 VIEWS_PER_FORWARD = 32
-SECONDS_PER_PART = 10.0  # of computing that a worker may lose
-BYTES_PER_PART = 64 << 20  # of features that a worker holds
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,17 @@ def features_key(
     preprocessing: Preprocessing,
     described: dict[str, Any],
 ) -> str:
-    """Hash of all that the features follow from: contents, paths, weights, preprocessing, seed, views, precision."""
+    """Hash of all that the features follow from: contents, paths, weights, preprocessing, seed, views, precision, and
+    the code that decodes, draws and computes."""
     whole = {
-        "format": FORMAT,
+        "code": [
+            hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+            for module in (images, transforms, model, sys.modules[__name__])
+        ],
+        "libraries": {name: version(name) for name in LIBRARIES},
         "images": [[(sample.path, digests[sample.path]) for sample in samples] for samples in splits],
         "weights": hash_weights(weights),
         "preprocessing": preprocessing.to_dict(),
-        "torch": torch.__version__,
         **described,
     }
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
@@ -108,8 +110,7 @@ def save_features(path: Place, tables: Iterable[pa.Table], num_views: int, num_t
                 num_features = offsets[1] // (num_views if table["index"][0].as_py() < num_train else 1)
                 shape = (num_views * num_train + num_val, int(num_features))
                 rows = np.lib.format.open_memmap(file, "w+", np.float32, shape)
-                with file.open("r+b") as reserved:  # a disk that fills up is an error here, a crash in a mapped file
-                    os.posix_fallocate(reserved.fileno(), 0, file.stat().st_size)
+                reserve(file, rows.offset)
                 train, val = split_rows(rows, num_views, num_train)
             for index, start, end in zip(table["index"].to_pylist(), offsets, offsets[1:], strict=False):
                 if index < num_train:
@@ -123,56 +124,16 @@ def save_features(path: Place, tables: Iterable[pa.Table], num_views: int, num_t
     write_whole(path, fill)
 
 
-class Parts:
-    """Rows of features that workers have finished, stored as they go: a run that is cut off computes only the rest,
-    and none holds them all in memory.
-
-    A row is the (V, F) features of one image, known by its number in the run; a part is a table of some of them.
-    """
-
-    def __init__(self, folder: Place) -> None:
-        self.folder = folder
-        self.places: list[Place] = []  # of this worker's
-        self.pending: dict[int, Tensor] = {}
-        self.num_pending_bytes = 0
-        self.saved_at = time.monotonic()
-
-    def find(self) -> dict[Place, list[int]]:
-        """The parts of a run cut off that can be seen from here, and the images that they hold."""
-        names = sorted(self.folder.iterdir()) if self.folder.exists() else []
-        found = {}
-        for place in names:
-            if place.suffix == ".parquet" and not place.name.startswith("."):
-                table = read_part(place, ["index"])
-                found |= {place: table["index"].to_pylist()} if table is not None else {}
-        return found
-
-    def add(self, index: int, row: Tensor) -> None:
-        """Takes a finished row, and stores it with those before it when there is enough that could be lost."""
-        self.pending[index] = row
-        self.num_pending_bytes += row.nbytes
-        if time.monotonic() - self.saved_at >= SECONDS_PER_PART or self.num_pending_bytes >= BYTES_PER_PART:
-            place, table = self.folder / f"{uuid.uuid4().hex}.parquet", self.pending_table()
-            write_whole(place, lambda file: pq.write_table(table, file))
-            self.places.append(place)
-            self.pending, self.num_pending_bytes, self.saved_at = {}, 0, time.monotonic()
-
-    def pending_table(self) -> pa.Table:
-        rows = [row.reshape(-1).numpy() for row in self.pending.values()]
-        indices = pa.array(list(self.pending), pa.int64())
-        return pa.table({"index": indices, "feature": pa.array(rows, pa.list_(pa.float32()))})
-
-    def remove(self) -> None:
-        remove_tree(self.folder)
-
-
-def read_part(place: Place, columns: list[str] | None = None) -> pa.Table | None:
-    """None where it is damaged, or gone, since another run of the same features has finished."""
-    try:
-        with pq.ParquetFile(place.open("rb")) as file:
-            return file.read(columns)
-    except (OSError, pa.ArrowInvalid):
-        return None
+def reserve(file: Path, start: int) -> None:
+    """Takes the room of a sparse file from `start` on: a full disk is an error here, a crash in a mapped file."""
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), start, size - start)
+        else:  # macOS
+            opened.seek(start)
+            while left := size - opened.tell():
+                opened.write(bytes(min(left, 1 << 20)))
 
 
 class FrozenTrunk:

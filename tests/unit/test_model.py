@@ -1,4 +1,14 @@
 import hashlib
+import http.server
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +28,7 @@ def no_network(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(model.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
 
 
 def test_auto_falls_back_to_lite0_and_says_why():
@@ -43,17 +53,69 @@ def test_imagenet_weights_come_from_torchs_cache(tmp_path):
     assert torch.equal(weights.state["conv1.weight"], whole.conv1.weight)
 
 
-def test_a_download_is_checked_against_its_hash_and_kept(tmp_path, monkeypatch):
-    whole = tmp_path / "weights.pth"
-    torch.save(model.torchvision.models.resnet18().state_dict(), whole)
-    digest = hashlib.sha256(whole.read_bytes()).hexdigest()
-    monkeypatch.setattr(model.urllib.request, "urlopen", lambda url, timeout: whole.open("rb"))
-    good, bad = tmp_path / "cache" / f"resnet18-{digest[:8]}.pth", tmp_path / "cache" / "resnet18-00000000.pth"
-    model.download("url", good)
-    assert good.read_bytes() == whole.read_bytes()
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
+    """A web server whose answers come in two halves, with a pause of `pause_s` between them."""
+    monkeypatch.setattr(torch.hub, "urlopen", urllib.request.urlopen)
+    served = SimpleNamespace(data=b"", pause_s=0.2)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(served.data)))
+            self.end_headers()
+            with suppress(OSError):  # of a client that has gone
+                self.wfile.write(served.data[: len(served.data) // 2])
+                self.wfile.flush()
+                time.sleep(served.pause_s)
+                self.wfile.write(served.data[len(served.data) // 2 :])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        served.url = f"http://127.0.0.1:{listening.server_port}"
+        yield served
+        listening.shutdown()
+
+
+def files_of(cache):
+    return sorted(path.name for path in cache.iterdir())
+
+
+def test_a_download_is_checked_against_its_hash_and_kept(tmp_path, server):
+    server.data = bytes(range(256)) * 10_000
+    name, cache = f"resnet18-{hashlib.sha256(server.data).hexdigest()[:8]}.pth", tmp_path / "torch/hub/checkpoints"
+    server.pause_s = 1.0
+    command = [sys.executable, "-c", f"from plates.model import fetch; fetch({server.url + '/' + name!r})"]
+    first_runs = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(60) for process in first_runs] == [0, 0]
+    assert (cache / name).read_bytes() == server.data
+    assert files_of(cache) == [name]
+    server.data = b"an error page"
     with pytest.raises(OSError, match="hash"):
-        model.download("url", bad)
-    assert [path.name for path in good.parent.iterdir()] == [good.name]
+        model.fetch(f"{server.url}/resnet18-00000000.pth")
+    assert files_of(cache) == [name]
+
+
+def test_a_server_that_goes_silent_is_not_waited_for(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(model, "CONNECT_TIMEOUT_S", 0.2)
+    server.data, server.pause_s = bytes(1000), 2
+    with pytest.raises(OSError, match="timed out"):
+        model.fetch(f"{server.url}/resnet18-00000000.pth")
+    assert files_of(tmp_path / "torch/hub/checkpoints") == []
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("garbage", [b"", b"<html>Sign in to the network</html>", b"PK\x03\x04 cut off", bytes(1000)])
+@pytest.mark.parametrize("backbone", ["auto", "resnet18"])
+def test_a_garbage_file_in_torchs_cache_is_named(garbage, backbone, tmp_path):
+    cached = tmp_path / "torch/hub/checkpoints/resnet18-f37072fd.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(garbage)
+    with pytest.raises(UserError, match=rf"^--backbone {backbone}: {cached} is not .*; delete it"):
+        resolve_weights(backbone, "imagenet", seed=0)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

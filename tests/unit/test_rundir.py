@@ -1,5 +1,9 @@
 import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +14,6 @@ from plates import rundir
 from plates.config import TrainConfig, UserError
 
 CONFIG = TrainConfig(data="synthetic:8", epochs=2)
-
-
-def test_a_new_run_gets_a_directory_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    one, other = rundir.find_run(None, "train", CONFIG), rundir.find_run(None, "train", CONFIG)
-    assert one != other
-    assert one.parent == tmp_path / "runs"
-    assert not one.exists()
 
 
 def test_a_finished_run_is_never_taken_again(tmp_path):
@@ -75,3 +71,67 @@ def test_a_full_disk_is_named_whatever_the_library_says(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: '.*a\.csv'"):
         rundir.write_whole(tmp_path / "a.csv", write)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.csv", "whole")]
+
+
+CLAIM = """
+import socket, sys, time
+from pathlib import Path
+from plates import rundir
+from plates.config import TrainConfig, UserError
+socket.gethostname = lambda: sys.argv[2]
+try:
+    rundir.claim_run(Path(sys.argv[1]), "train", TrainConfig(data="synthetic:8", epochs=2), {})
+except UserError as error:
+    print(error, flush=True)
+else:
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+def claim(run: Path, *wrapper: str, host: str = "pod") -> tuple[subprocess.Popen[str], str]:
+    """Claims a directory in a process of its own; the process, which lives on, and what it said."""
+    command = [*wrapper, sys.executable, "-c", CLAIM, str(run), host]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout
+    return process, process.stdout.readline().strip()
+
+
+def test_a_directory_has_one_holder_and_a_killed_one_leaves_it_at_once(tmp_path):
+    """Whatever the hosts are called: containers may share a name, and a pod that starts again has another."""
+    run = tmp_path / "run"
+    first, said = claim(run)
+    try:
+        assert said == "claimed"
+        for host in ("pod", "other-pod"):
+            second, said = claim(run, host=host)
+            second.kill()
+            assert "is at work in it" in said
+    finally:
+        first.kill()
+        first.wait()
+    third, said = claim(run, host="pod-after-restart")
+    third.kill()
+    assert said == "claimed"
+
+
+def test_the_lock_holds_between_containers_of_one_name(tmp_path):
+    """Each claims from a PID namespace of its own."""
+    wrapper = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    holders = [claim(tmp_path / "run", *wrapper) for _ in range(3)]
+    for process, _ in holders:
+        os.killpg(process.pid, signal.SIGKILL)
+    said = [what for _, what in holders]
+    assert said[0] == "claimed"
+    assert all("is at work in it" in what for what in said[1:])
+
+
+def test_a_record_of_another_container_holds_by_its_last_sign_alone():
+    """As in an object store: the same host's name and process number say nothing of each other there."""
+    me = {"host": "pod", "processes": rundir.process_table(), "pid": os.getpid(), "started": 1.0}
+    assert not rundir.is_held(me, me, age_s=1)
+    other = {**me, "processes": "another kernel's or namespace's"}
+    assert rundir.is_held(other, me, age_s=1)
+    assert not rundir.is_held(other, me, age_s=61)

@@ -1,0 +1,82 @@
+"""Whether a Ray cluster answers at an address, asked before Ray itself would wait for one."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any, cast
+
+from plates.config import UserError
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+def check_address(address: str) -> None:
+    """Makes sure that a cluster at HOST:PORT lets us in, with its token where it wants one.
+
+    Ray itself would try for minutes, and offers a token only where RAY_AUTH_MODE says so when it is imported.
+
+    Raises: UserError.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "://" in address:
+        return
+    import grpc
+
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        status = ask_alive(address, None)
+        if status not in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED):
+            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({status.name})")
+        if status == grpc.StatusCode.UNAUTHENTICATED:
+            token = find_token()
+            if not token or ask_alive(address, token) != grpc.StatusCode.OK:
+                what = "a token" if not token else "another token than this one"
+                rule = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
+                raise UserError(f"RAY_ADDRESS {address}: the cluster wants {what}; {rule}")
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
+
+
+def ask_alive(address: str, token: str | None) -> Any:
+    """The gRPC status with which a Ray head answers to being asked whether it is alive; OK where it lets us in."""
+    import grpc
+
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    certificates = read_certificates()
+    if certificates:
+        opened = grpc.secure_channel(address, grpc.ssl_channel_credentials(*certificates))
+    else:
+        opened = grpc.insecure_channel(address)
+    with opened as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            ask(b"", timeout=CONNECT_TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            return cast(grpc.Call, error).code()
+    return grpc.StatusCode.OK
+
+
+def read_certificates() -> list[bytes] | None:
+    """What Ray's own TLS settings name: the authority's certificate, our key and our certificate; None without TLS.
+
+    Raises: UserError.
+    """
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return None
+    certificates = []
+    for name in ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_SERVER_CERT"):
+        path = os.environ.get(name)
+        if not path:
+            raise UserError(f"{name} is not set: RAY_USE_TLS needs the paths of the certificates and the key")
+        try:
+            certificates.append(Path(path).read_bytes())
+        except OSError as error:
+            raise UserError(f"{name} {path}: cannot be read ({error.strerror})") from error
+    return certificates
+
+
+def find_token() -> str | None:
+    """The token for a cluster, where Ray looks for it."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else None)

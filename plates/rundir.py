@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def check_claimable(run: Place, settings: dict[str, Any]) -> None:
 
 def requested(job: str, config: Any) -> dict[str, Any]:
     """The settings that make two runs the same run: everything but where it is written."""
-    settings = asdict(config)
+    settings = json.loads(json.dumps(asdict(config)))  # as it will be read back: a tuple is a list there
     settings.pop("out")
     return {"job": job, **settings}
 
@@ -183,7 +184,18 @@ def current_umask() -> int:
 
 
 def write_json(path: Place, value: Any) -> None:
-    write_whole(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
+    """JSON has no infinities and no NaN: what is not finite is null."""
+    text = json.dumps(only_finite(value), indent=2, allow_nan=False)
+    write_whole(path, lambda file: file.write_text(text + "\n"))
+
+
+def only_finite(value: Any) -> Any:
+    """The value with None for every number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: only_finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [only_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def write_csv(path: Place, table: pd.DataFrame) -> None:

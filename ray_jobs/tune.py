@@ -15,8 +15,10 @@ def tune(config: TuneConfig) -> int:
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
     from plates.preflight import check_nodes
     from plates.report import summary_table, write_report
+    from plates.storage import remove_tree
     from plates.sweep import run_sweep
     from plates.sweep.scores import make_folds
+    from plates.sweep.tuner import STATE_FOLDER
     from plates.timing import Phases, process_age_s, timing_table
     from plates.train_loop import draw_examples
     from plates.trainer import describe, make_task
@@ -59,6 +61,7 @@ def tune(config: TuneConfig) -> int:
         run, train_views=draw_examples(dataset, preprocessing, config.seed), read_image=dataset.read_picture
     )
     rundir.finish_run(run)
+    remove_tree(run / STATE_FOLDER)
     print(f"{summary_table(run)}\nreport: {report}")
     print_skipped(predictions.skipped)
     return EXIT_SOME_UNREADABLE if skipped or predictions.skipped else EXIT_OK

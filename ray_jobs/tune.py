@@ -48,9 +48,7 @@ def tune(config: TuneConfig) -> int:
     with phases.measure("inference"):
         predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
     figures |= score_predictions(predictions, dataset)
-    timing = timing_table(
-        phases, plan.num_workers, swept.timings, predictions.timings, num_predicted=len(dataset.test)
-    )
+    timing = timing_table(phases, plan.num_workers, swept.timings, predictions.timings, len(dataset.test))
     rundir.update_config(run, precision=swept.precision)
     rundir.write_csv(run / "trials.csv", swept.trials)
     rundir.write_csv(run / "history.csv", swept.history)

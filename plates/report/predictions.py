@@ -60,10 +60,9 @@ def read_predictions(path: Place) -> pd.DataFrame:
     for piece in pd.read_csv(data, dtype=texts, keep_default_na=False, na_values=[""], chunksize=ROWS_PER_PIECE):
         names = np.array([column[2:] for column in piece.columns if column.startswith("p_")], dtype=object)
         chances = piece[[f"p_{name}" for name in names]].to_numpy(dtype=float)  # (rows, C)
+        labels = pd.Index(names).get_indexer(pd.Index(piece["label"]))
         keys = -chances
-        keys[
-            np.arange(len(piece)), pd.Index(names).get_indexer(pd.Index(piece["label"]))
-        ] = -np.inf  # before all others
+        keys[np.arange(len(piece)), labels] = -np.inf  # before all others
         ranked = np.argsort(keys, axis=1, kind="stable")[:, :NUM_BARS]
         columns = [(place, names[ranked[:, place]]) for place in range(ranked.shape[1])]
         named = {f"name_{place}": name for place, name in columns}

@@ -71,7 +71,7 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     )
     model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
     histories = [pd.DataFrame(history_of(heads, head)) for head in (0, 1)]
-    timings[0]["train_s"] += time.perf_counter() - start_s  # rank 0 stands for the driver and its trials
+    charge_trials(timings, timings[0]["train_s"] + time.perf_counter() - start_s)
     figures = summarize(results, schedules, trials)
     return Swept(trials, figures, model.state_dict(), histories[0], histories[1], timings, precision)
 
@@ -89,10 +89,15 @@ def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
         run = state / f"retrained-{trial}"
         retrained[trial] = run_loop(train, replace(task, config=config, dataset=dataset, run=run), plan)
     best = retrained[winner]
-    best.timings[0]["train_s"] = trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values())
+    charge_trials(best.timings, trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values()))
     histories = [pd.DataFrame(retrained[trial].history) for trial in (winner, 0)]
     figures = summarize(results, schedules, trials)
     return Swept(trials, figures, best.state, histories[0], histories[1], best.timings, best.precision)
+
+
+def charge_trials(timings: list[dict[str, Any]], train_s: float) -> None:
+    """Rank 0 stands for the driver and its trials: seconds in which more was done than its images were computed."""
+    timings[0] |= {"train_s": train_s, "num_train_images": None}
 
 
 def draw_schedules(config: TuneConfig) -> list[dict[str, Any]]:

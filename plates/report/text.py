@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+MAX_LISTED = 20  # entries of a setting, such as very many classes
+
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
@@ -29,6 +31,8 @@ def format_probability(value: float) -> str:
 def format_setting(value: Any) -> str:
     if isinstance(value, dict):
         value = [f"{key} {entry}" for key, entry in value.items()]
+    if isinstance(value, list) and len(value) > MAX_LISTED:
+        value = [*value[:MAX_LISTED], f"and {len(value) - MAX_LISTED} more"]
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return "–" if value is None or not text else text
 

@@ -34,7 +34,7 @@ class DataConfig:
     out: str | None = None
     """Run directory [default: runs/JOB-TIME]. A finished or a different run in it is never overwritten."""
     skip_unreadable: bool = False
-    """Go on without images that cannot be read; they are listed in skipped.csv."""
+    """Go on without labelled images that cannot be read; they are listed in skipped.csv."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -125,7 +125,7 @@ class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
 class TuneConfig(TrainConfig):
     """Sweep lr, step_size and gamma by cross-validation, retrain the winner on all labelled images, report.
 
-    The published schedule is always among the trials, as the baseline:
+    The schedule of --lr, --step-size and --gamma is always among the trials, as the baseline:
     plates tune --data PHOTOS --out runs/sweep
     """
 
@@ -178,6 +178,9 @@ class PredictConfig(WorkerConfig, DataConfig):
 
     checkpoint: str
     """RUN/checkpoint of a finished training run."""
+    skip_unreadable: bool = False
+    """Changes nothing here: images to predict that cannot be read are always left out, listed in skipped.csv, and
+    end the job with exit code 3."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)

@@ -30,18 +30,17 @@ def divide(sums: Tensor) -> tuple[float, float]:
 
 
 def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...], split: str) -> dict[str, float | int]:
-    """Flat figures of a split: SPLIT/loss, /accuracy, /num_images and /confusion/TRUE/PREDICTED counts.
+    """Flat figures of a split: SPLIT/loss, /accuracy, /num_images and /confusion/TRUE/PREDICTED counts above 0.
 
     Args:
         logits: (N, C) float, or log-probabilities; N >= 1.
         labels: (N,) int64.
     """
     loss, accuracy = divide(batch_sums(logits, labels))
-    counts = torch.bincount(labels * len(classes) + logits.argmax(1), minlength=len(classes) ** 2).tolist()
+    cells = torch.stack([labels, logits.argmax(1)], dim=1).unique(dim=0, return_counts=True)
     confusion = {
-        f"{split}/confusion/{true}/{predicted}": counts[row * len(classes) + column]
-        for row, true in enumerate(classes)
-        for column, predicted in enumerate(classes)
+        f"{split}/confusion/{classes[true]}/{classes[predicted]}": count
+        for (true, predicted), count in zip(*(part.tolist() for part in cells), strict=True)
     }
     return {
         f"{split}/loss": loss,

@@ -7,13 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
-from plates.dataset import Dataset, Sample, Source, load_dataset
+from plates.dataset import Dataset, Sample, Skipped, Source, check_dataset, check_samples, load_dataset
 from plates.model import Weights, build_classifier, preprocessing_of, resolve_weights, set_trainable
 from plates.timing import device_name
 
@@ -79,9 +80,19 @@ def time_published(
     return {"train_s": train_s, "inference_s": inference_s}
 
 
+def leave_out_unreadable(dataset: Dataset) -> Dataset:
+    """The data set as a run with --skip-unreadable sees it."""
+    readable, _, _ = check_dataset(dataset, skip_unreadable=True)
+    outcomes = check_samples(dataset.source, "test", dataset.test)
+    test = [sample for sample, found in zip(dataset.test, outcomes, strict=True) if not isinstance(found, Skipped)]
+    return replace(readable, test=tuple(test))
+
+
 def main(argv: list[str]) -> None:
     settings = json.loads(argv[0])
     dataset = load_dataset(settings["data"], settings["seed"])
+    if settings["skip_unreadable"]:
+        dataset = leave_out_unreadable(dataset)
     weights = resolve_weights(settings["backbone"], settings["weights"], settings["seed"])
     shape = [settings[name] for name in ("trainable", "image_size", "device", "num_epochs")]
     measured = {

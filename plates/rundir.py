@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,8 @@ def check_claimable(run: Place, settings: dict[str, Any]) -> None:
 
 def requested(job: str, config: Any) -> dict[str, Any]:
     """The settings that make two runs the same run: all but where it is written, and how long it may wait."""
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "wait_for_nodes_s")}
+    settings = json.loads(json.dumps(asdict(config)))  # as it will be read back: a tuple is a list there
+    settings = {name: value for name, value in settings.items() if name not in ("out", "wait_for_nodes_s")}
     return {"job": job, **settings}
 
 
@@ -218,7 +220,18 @@ def current_umask() -> int:
 
 
 def write_json(path: Place, value: Any) -> None:
-    write_whole(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n"))
+    """JSON has no infinities and no NaN: what is not finite is null."""
+    text = json.dumps(only_finite(value), indent=2, allow_nan=False)
+    write_whole(path, lambda file: file.write_text(text + "\n"))
+
+
+def only_finite(value: Any) -> Any:
+    """The value with None for every number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: only_finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [only_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def write_csv(path: Place, table: pd.DataFrame) -> None:

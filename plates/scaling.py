@@ -14,12 +14,12 @@ from scipy.optimize import nnls
 
 from plates.config import BenchmarkConfig, ModelConfig
 from plates.dataset import DEFAULT_NUM_SYNTHETIC
-from plates.rundir import read_csv, write_csv
+from plates.rundir import read_csv, write_whole
 from plates.storage import Place, remove_tree
 
 PHASES = ["startup_s", "data_s", "train_s", "inference_s", "teardown_s", "total_s"]
 NUM_BASELINE_EPOCHS = 3
-BASELINE_SETTINGS = ("data", "backbone", "weights", "trainable", "image_size", "seed")
+BASELINE_SETTINGS = ("data", "backbone", "weights", "trainable", "image_size", "seed", "skip_unreadable")
 ROW_FOLDER = ".row"  # of the run being measured, inside the benchmark's
 MIN_COUNTS_TO_FIT = 4
 WORTHWHILE_GAIN = 0.1  # a doubling of the workers that saves less than this share of the time does not pay
@@ -83,7 +83,8 @@ def run_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, folder: Pla
         return {"reason": f"exit code {ended.returncode}: {said[-1]}"}
     if row.kind == "published":
         return extrapolate(json.loads(ended.stdout.splitlines()[-1]), config, wall_s)
-    write_csv(keep / "predictions.csv", read_csv(run / "predictions.csv"))
+    predictions = (run / "predictions.csv").read_bytes()  # as they are: read as a table, an id 0001 would be 1
+    write_whole(keep / "predictions.csv", lambda file: file.write_bytes(predictions))
     return read_run(run, wall_s)
 
 
@@ -95,7 +96,7 @@ def flags_of(config: BenchmarkConfig, num_workers: int) -> list[str]:
         count = int(config.data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC)
         base["data"] = f"synthetic:{count * max(1, num_workers)}"
     flags = [["--" + name.replace("_", "-"), str(value)] for name, value in base.items() if value is not None]
-    return [part for flag in flags for part in flag]
+    return [part for flag in flags for part in flag] + ["--skip-unreadable"] * config.skip_unreadable
 
 
 def extrapolate(measured: dict[str, Any], config: BenchmarkConfig, wall_s: float) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def read_run(run: Place, wall_s: float) -> dict[str, Any]:
     }
 
 
-def summarize(repeats: pd.DataFrame) -> list[dict[str, Any]]:
+def summarize(repeats: pd.DataFrame, scaling: str = "strong") -> list[dict[str, Any]]:
     """One entry a row, in first-seen order: min, median and max of each phase, medians of rates, speed-ups."""
     entries: list[dict[str, Any]] = []
     for name, group in repeats.groupby("row", sort=False):
@@ -165,19 +166,22 @@ def summarize(repeats: pd.DataFrame) -> list[dict[str, Any]]:
             if len(values):
                 entry[phase] = {name: float(getattr(np, name)(values)) for name in ("min", "median", "max")}
         for key in ("train_images_per_sec", "inference_images_per_sec", "val/accuracy", "val/loss", "device_seconds"):
-            value = group[key].median() if key in group else float("nan")
+            value = pd.to_numeric(group[key]).median() if key in group else float("nan")
             entry[key] = None if pd.isna(value) else float(value)
         entry["train_images_per_sec_per_worker"] = entry["train_images_per_sec"] / max(1, entry["num_workers"])
         entries.append(entry)
-    add_speedups(entries)
+    add_speedups(entries, scaling)
     return entries
 
 
-def add_speedups(entries: list[dict[str, Any]]) -> None:
-    """Against the first row of all by total time, and against the device's smallest Ray row by training rate."""
+def add_speedups(entries: list[dict[str, Any]], scaling: str) -> None:
+    """Against the first row of all by total time, where both did the same work; and against the device's smallest Ray
+    row by training rate, an efficiency of T(1) / (N T(N)), or T(1) / T(N) in weak scaling, where the work is N-fold.
+    """
     done = [entry for entry in entries if "reason" not in entry]
     for entry in done:
-        entry["total_speedup"] = done[0]["total_s"]["median"] / entry["total_s"]["median"]
+        if scaling == "strong" or entry["num_workers"] <= 1:
+            entry["total_speedup"] = done[0]["total_s"]["median"] / entry["total_s"]["median"]
         on_ray = [e for e in done if e["device"] == entry["device"] and e["num_workers"] > 0]
         if entry["num_workers"] and on_ray:
             base = min(on_ray, key=lambda e: e["num_workers"])
@@ -185,11 +189,14 @@ def add_speedups(entries: list[dict[str, Any]]) -> None:
             entry["efficiency"] = entry["scaling"] * base["num_workers"] / entry["num_workers"]
 
 
-def fit_model(entries: list[dict[str, Any]]) -> dict[str, Any]:
+def fit_model(entries: list[dict[str, Any]], scaling: str = "strong") -> dict[str, Any]:
     """Total time as start-up + serial + parallel / N for the device with most counts: a model, with its residuals.
 
     Start-up is the measured median; serial and parallel seconds are fitted to the rest by non-negative least squares.
+    Of weak scaling there is none: its work is not divided by N.
     """
+    if scaling == "weak":
+        return {"reason": "the work grows with the workers; the efficiency is T(1) / T(N) of training"}
     by_device: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
         if entry["kind"] == "plates" and entry["num_workers"] and "reason" not in entry:

@@ -70,8 +70,7 @@ def timing_table(
     num_workers: int,
     trained: list[dict[str, Any]],
     predicted: list[dict[str, Any]],
-    num_train_images: int = 0,
-    num_predicted: int = 0,
+    num_predicted: int,
 ) -> pd.DataFrame:
     """The rows of timing.csv: the whole run, then one a worker.
 
@@ -80,17 +79,24 @@ def timing_table(
 
     Args:
         driver: the driver's phases: startup, data, fit, inference.
-        trained: by rank, what each worker of training measured; empty where nothing was trained.
-        predicted: the same of the workers of prediction, which may be other processes.
-        num_train_images: training images over all epochs.
+        trained: by rank, what each worker of training measured, with the `num_train_images` that it computed in this
+            run, None where its seconds hold other work; empty where nothing was trained.
+        predicted: the same of the workers of prediction, which may be other processes: joined to those of training
+            on the same node and device, one to one.
         num_predicted: images of the test split.
     """
     rows = [dict(row) for row in trained] or [{"rank": rank, **row} for rank, row in enumerate(predicted)]
-    for row, timing in zip(rows, predicted, strict=False):
-        row |= {key: value for key, value in timing.items() if key.startswith("inference")}
+    left = list(predicted)
+    for row in rows:
+        places = [i for i, timing in enumerate(left) if all(timing[key] == row[key] for key in ("node", "device"))]
+        if places:
+            row |= {key: value for key, value in left.pop(places[0]).items() if key.startswith("inference")}
     slowest = {
-        key: max((row.get(key, 0.0) for row in rows), default=0.0) for key in ("data_s", "train_s", "inference_s")
+        key: max((row.get(key, 0.0) for row in [*rows, *left]), default=0.0)
+        for key in ("data_s", "train_s", "inference_s")
     }
+    counts: list[Any] = [row.get("num_train_images") for row in rows]
+    num_train_images = 0 if None in counts else sum(counts)
     seconds = driver.seconds
     around_workers_s = seconds["fit"] + seconds["inference"] - sum(slowest.values())
     whole = {

@@ -36,12 +36,12 @@ def benchmark(config: BenchmarkConfig) -> int:
                 measured.append({"repeat": repeat, **scaling.measure_row(row, config, cpus_per_worker, run)})
                 rundir.write_csv(run / "benchmark.csv", pd.DataFrame(measured))
                 bar.update()
-    entries = scaling.summarize(pd.DataFrame(measured))
+    entries = scaling.summarize(pd.DataFrame(measured), config.scaling)
     found = {
         "repeats": config.repeats,
         "scaling": config.scaling,
         "rows": entries,
-        "model": scaling.fit_model(entries),
+        "model": scaling.fit_model(entries, config.scaling),
     }
     rundir.write_json(run / "benchmark.json", found)
     report = write_report(run, train_views=[], read_image=dataset.read_picture)
@@ -50,7 +50,7 @@ def benchmark(config: BenchmarkConfig) -> int:
     for entry in entries:
         if "reason" in entry:
             print(f"{entry['row']} could not run: {entry['reason']}")
-    print(f"report: {report}\n{json.dumps(found)}")
+    print(f"report: {report}\n{json.dumps(rundir.only_finite(found))}")
     return EXIT_OK if any("reason" not in entry for entry in entries) else EXIT_FAILED
 
 

@@ -50,7 +50,7 @@ def run_prediction(config: PredictConfig) -> int:
     with phases.measure("inference"):
         predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
     figures = score_predictions(predictions, dataset)
-    timing = timing_table(phases, plan.num_workers, [], predictions.timings, num_predicted=len(dataset.test))
+    timing = timing_table(phases, plan.num_workers, [], predictions.timings, len(dataset.test))
     write_predictions(run, predictions)
     rundir.write_results(run, figures, timing, predictions.skipped)
     report = write_report(run, train_views=[], read_image=dataset.read_picture)

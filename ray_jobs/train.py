@@ -48,8 +48,7 @@ def train(config: TrainConfig) -> int:
     with phases.measure("inference"):
         predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
     figures |= score_predictions(predictions, dataset)
-    timing = timing_table(phases, plan.num_workers, trained.timings, predictions.timings,
-                          config.epochs * len(dataset.train), len(dataset.test))  # fmt: skip
+    timing = timing_table(phases, plan.num_workers, trained.timings, predictions.timings, len(dataset.test))
     rundir.update_config(run, precision=trained.precision, has_reused_features=trained.has_reused_features)
     rundir.write_csv(run / "history.csv", pd.DataFrame(trained.history))
     write_predictions(run, predictions)

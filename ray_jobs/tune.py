@@ -15,8 +15,10 @@ def tune(config: TuneConfig) -> int:
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
     from plates.preflight import check_nodes
     from plates.report import summary_table, write_report
+    from plates.storage import remove_tree
     from plates.sweep import run_sweep
     from plates.sweep.scores import make_folds
+    from plates.sweep.tuner import STATE_FOLDER
     from plates.timing import Phases, process_age_s, timing_table
     from plates.train_loop import draw_examples
     from plates.trainer import describe, make_task
@@ -46,9 +48,7 @@ def tune(config: TuneConfig) -> int:
     with phases.measure("inference"):
         predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
     figures |= score_predictions(predictions, dataset)
-    timing = timing_table(
-        phases, plan.num_workers, swept.timings, predictions.timings, num_predicted=len(dataset.test)
-    )
+    timing = timing_table(phases, plan.num_workers, swept.timings, predictions.timings, len(dataset.test))
     rundir.update_config(run, precision=swept.precision)
     rundir.write_csv(run / "trials.csv", swept.trials)
     rundir.write_csv(run / "history.csv", swept.history)
@@ -59,6 +59,7 @@ def tune(config: TuneConfig) -> int:
         run, train_views=draw_examples(dataset, preprocessing, config.seed), read_image=dataset.read_picture
     )
     rundir.finish_run(run)
+    remove_tree(run / STATE_FOLDER)
     print(f"{summary_table(run)}\nreport: {report}")
     print_skipped(predictions.skipped)
     return EXIT_SOME_UNREADABLE if skipped or predictions.skipped else EXIT_OK

@@ -1,7 +1,5 @@
 """Tables, plots and the HTML page, from a run's files alone."""
 
-import base64
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -12,11 +10,20 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from plates.report.benchmark import show_benchmark
 from plates.report.plots import draw_lines
+from plates.report.predictions import encode_thumbnail, show_predictions
+from plates.report.scores import score_split, show_scores
 from plates.report.sweep import show_sweep
+from plates.report.text import (
+    align_columns,
+    format_loss,
+    format_number,
+    format_percent,
+    format_probability,
+    format_setting,
+)
 from plates.rundir import read_csv, write_whole
 from plates.storage import Place
 
@@ -30,7 +37,6 @@ class RunFiles:
     metrics: dict[str, float]
     history: pd.DataFrame
     timing: pd.DataFrame
-    predictions: pd.DataFrame
     skipped: pd.DataFrame
 
 
@@ -50,8 +56,8 @@ def write_report(
         show_sweep(run, files.metrics),
         show_benchmark(run),
         show_curves(files),
-        show_scores(files),
-        show_predictions(files, read_image),
+        show_scores(files.metrics, files.config),
+        show_predictions(run / "predictions.csv", read_image),
         show_views(train_views),
         show_skipped(files),
         {"name": "settings"} if files.config else None,
@@ -70,7 +76,7 @@ def summary_table(run: Place) -> str:
         blocks.append("Times in seconds; train/s and infer/s in images per second.\n")
     rows = [["", "images", "accuracy", "loss"]]
     for split in ("train", "val", "test"):
-        s = score_split(files, split)
+        s = score_split(files.metrics, files.config, split)
         cells = [format_number(s["images"], 0), format_percent(s["accuracy"]), format_number(s["loss"], 4)]
         rows += [[split, *cells]] if set(cells) != {"–"} else []
     if len(rows) > 1:
@@ -79,9 +85,9 @@ def summary_table(run: Place) -> str:
 
 
 def read_run(run: Place) -> RunFiles:
-    """Read every file of a run directory that the page or the terminal's table may show."""
+    """Read the small files of a run directory that the page or the terminal's table may show."""
     texts = [p.read_text("utf-8") if p.exists() else "{}" for p in (run / "config.json", run / "metrics.json")]
-    tables = [read_table(run / f"{name}.csv") for name in ("history", "timing", "predictions", "skipped")]
+    tables = [read_table(run / f"{name}.csv") for name in ("history", "timing", "skipped")]
     return RunFiles(run, *map(json.loads, texts), *tables)
 
 
@@ -98,67 +104,6 @@ def read_numbers(table: pd.DataFrame, column: str) -> np.ndarray:
     if column not in table:
         return np.full(len(table), np.nan)
     return np.asarray(pd.to_numeric(table[column], errors="coerce"), dtype=float)
-
-
-def score_split(files: RunFiles, split: str) -> dict[str, Any]:
-    """Return a split's figures: counts (C, C) has true classes down and predicted classes across."""
-    prefix = f"{split}/confusion/"
-    cells = {key.removeprefix(prefix): n for key, n in files.metrics.items() if key.startswith(prefix)}
-    names = files.config.get("classes") or sorted({name for pair in cells for name in pair.split("/")})
-    counts = [[int(cells.get(f"{true}/{guess}", 0)) for guess in names] for true in names]
-    accuracy, loss = (files.metrics.get(f"{split}/{name}") for name in ("accuracy", "loss"))
-    images = files.metrics.get(f"{split}/num_images", (files.config.get("num_images") or {}).get(split))
-    # Only some test images may have a true label, so the confusion counts say of how many the accuracy is.
-    judged = sum(map(sum, counts)) or int(images or 0) * is_number(accuracy)
-    correct = sum(row[i] for i, row in enumerate(counts)) if cells else round((accuracy or 0) * judged)
-    score = {"split": split, "accuracy": accuracy, "loss": loss, "images": images, "judged": judged}
-    score |= {"correct": correct, "interval": wilson_interval(correct, judged) if judged else (0.0, 1.0)}
-    return score | {"names": names, "counts": counts if cells else []}
-
-
-def wilson_interval(correct: int, judged: int) -> tuple[float, float]:
-    """Return the 95% Wilson interval, as fractions, for `correct` out of `judged` > 0 images."""
-    z, share = 1.959964, correct / judged
-    centre, scale = share + z * z / (2 * judged), 1 + z * z / judged
-    margin = z * math.sqrt(share * (1 - share) / judged + z * z / (4 * judged * judged))
-    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def format_number(value: Any, digits: int) -> str:
-    return f"{value:.{digits}f}" if is_number(value) else "–"
-
-
-def format_percent(share: Any) -> str:
-    return f"{100 * share:.1f}%" if is_number(share) else "–"
-
-
-def format_probability(value: float) -> str:
-    # A rounded 1.000 would claim a certainty that the model did not state.
-    return ">0.999" if 0.9995 <= value < 1 else "<0.001" if 0 < value < 0.0005 else format_number(value, 3)
-
-
-def format_setting(value: Any) -> str:
-    if isinstance(value, dict):
-        value = [f"{key} {entry}" for key, entry in value.items()]
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return "–" if value is None or not text else text
-
-
-def align_columns(rows: list[list[str]], *, text_columns: int, width: int = 100) -> str:
-    """Lay out rows of cells, the first `text_columns` of them to the left and cut to fit into `width`."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[:text_columns]) > 4:
-        widths[widths.index(max(widths[:text_columns]))] -= 1
-    lines = []
-    for row in rows:
-        cells = [cell if len(cell) <= w else cell[: w - 1] + "…" for cell, w in zip(row, widths, strict=True)]
-        cells = [f"{cell:{'<' if i < text_columns else '>'}{widths[i]}}" for i, cell in enumerate(cells)]
-        lines.append("  ".join(cells).rstrip()[:width])
-    return "\n".join(lines)
 
 
 def tabulate_timing(timing: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
@@ -198,55 +143,12 @@ def draw_curves(history: pd.DataFrame, title: str, columns: list[str], height: f
     return draw_lines(epochs, lines, title, "epoch", height)
 
 
-def show_scores(files: RunFiles) -> dict[str, Any] | None:
-    scores = [score for split in ("val", "test") if (score := score_split(files, split))["judged"]]
-    return {"name": "scores", "scores": scores} if scores else None
-
-
-def show_predictions(
-    files: RunFiles, read_image: Callable[[str], np.ndarray], *, spread: int = 24, extreme: int = 8
-) -> dict[str, Any] | None:
-    if files.predictions.empty:
-        return None
-    table = files.predictions.sort_values("path", ignore_index=True)
-    names = [column[2:] for column in table.columns if column.startswith("p_")]
-    chances = np.stack([read_numbers(table, f"p_{name}") for name in names], axis=1)
-    paths, ids, labels = (table[column].tolist() for column in ("path", "id", "label"))
-    stated = np.array([chances[row, names.index(label)] for row, label in enumerate(labels)])
-    ranked = [int(row) for row in np.argsort(-stated, kind="stable") if np.isfinite(stated[row])]
-    even = np.unique(np.linspace(0, len(table) - 1, min(spread, len(table))).round().astype(int)).tolist()
-    pictures, missing = {}, {}
-    for row in dict.fromkeys([*even, *ranked[:extreme], *ranked[-extreme:]]):
-        try:
-            thumbnail = encode_thumbnail(read_image(paths[row]))
-        except OSError as error:
-            missing[paths[row]] = str(error)
-            continue
-        others = [(name, chances[row, i]) for i, name in enumerate(names) if name != labels[row]]
-        bars = [(labels[row], stated[row]), *sorted(others, key=lambda pair: -pair[1])[:2]]
-        alt = f"test image {ids[row]}, predicted {labels[row]}"
-        pictures[row] = {"uri": thumbnail, "alt": alt, "title": ids[row], "bars": bars}
-    picks = {"Evenly spaced by path": even, "Most confident": ranked[:extreme]}
-    picks["Least confident"] = ranked[::-1][:extreme]
-    grids = {title: [pictures[row] for row in rows if row in pictures] for title, rows in picks.items()}
-    totals = table["label"].value_counts().to_dict()
-    return {"name": "predictions", "grids": grids, "missing": missing, "images": len(table), "totals": totals}
-
-
 def show_views(views: Sequence[tuple[np.ndarray, str]], *, limit: int = 24) -> dict[str, Any] | None:
     pictures = []
     for picture, label in views[:limit]:
         alt = f"training view, label {label}"
         pictures.append({"uri": encode_thumbnail(picture), "alt": alt, "title": label, "bars": []})
     return {"name": "views", "pictures": pictures} if pictures else None
-
-
-def encode_thumbnail(picture: np.ndarray, *, side: int = 176) -> str:
-    """Return a uint8 picture (H, W, 3) as the data URI of a JPEG at most `side` pixels wide and high."""
-    image, buffer = Image.fromarray(np.ascontiguousarray(picture)), io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(buffer, format="JPEG", quality=76, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def show_skipped(files: RunFiles, *, limit: int = 200) -> dict[str, Any] | None:
@@ -259,13 +161,13 @@ def render_page(files: RunFiles, sections: list[dict[str, Any]]) -> str:
     """Return the page's HTML: key figures and notes, then the sections, each by the macro of its name."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"number": format_number, "percent": format_percent}
+    page.filters |= {"number": format_number, "percent": format_percent, "loss": format_loss}
     page.filters |= {"probability": format_probability, "setting": format_setting}
     seconds, rates = (read_numbers(files.timing, name) for name in ("total_s", "inference_images_per_sec"))
     return page.get_template("report.html.j2").render(
         run=files.path.name,
         config=files.config,
-        scores=[score_split(files, split) for split in ("val", "test", "train")],
+        scores=[score_split(files.metrics, files.config, split) for split in ("val", "test", "train")],
         unreadable=files.metrics.get("test/num_unreadable", 0),
         seconds=next(map(float, seconds), math.nan),
         rate=next(map(float, rates), math.nan),

@@ -51,8 +51,7 @@ def tabulate_benchmark(found: dict[str, Any]) -> list[list[str]]:
                 *seconds,
                 f"{row['train_images_per_sec']:.1f}",
                 f"{row['train_images_per_sec_per_worker']:.1f}",
-                f"{row['total_speedup']:.2f}",
-                f"{row['efficiency']:.2f}" if "efficiency" in row else "–",
+                *(f"{row[key]:.2f}" if key in row else "–" for key in ("total_speedup", "efficiency")),
                 "–" if accuracy is None else f"{accuracy:.1%}",
                 f"{row['device_seconds']:.0f}",
             ]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from plates.report.plots import COLOURS, draw_lines, themed_axes
+from plates.report.text import format_loss, format_number
 from plates.rundir import read_csv
 from plates.storage import Place
 
@@ -22,7 +23,7 @@ def show_sweep(run: Place, metrics: dict[str, float]) -> dict[str, Any] | None:
     return {
         "name": "sweep",
         "metrics": metrics,
-        "plots": [draw_map(trials), draw_scores(trials), draw_winner(*histories)],
+        "plots": [plot for plot in (draw_map(trials), draw_scores(trials), draw_winner(*histories)) if plot],
         "header": [column.replace("_", " ") for column in LISTED],
         "rows": list_best(trials),
     }
@@ -38,8 +39,9 @@ def list_best(trials: pd.DataFrame) -> list[list[str]]:
         if not row["is_distinguishable"] and not row["is_winner"]:
             remarks.append("not distinguishable from the winner")
         numbers = [f"{row['lr']:.2e}", f"{row['step_size']:.0f}", f"{row['gamma']:.2f}"]
-        scores = [f"{row[name]:.4f}" for name in ("log_loss", "log_loss_low", "log_loss_high")]
-        rows.append([str(row["trial"]), *numbers, *scores, f"{row['accuracy']:.1%}", ", ".join(remarks)])
+        interval = [format_number(row[f"log_loss_{bound}"], 4) for bound in ("low", "high")]
+        scores = [format_loss(row["log_loss"]), *interval, f"{row['accuracy']:.1%}"]
+        rows.append([str(row["trial"]), *numbers, *scores, ", ".join(remarks)])
     return rows
 
 
@@ -60,9 +62,9 @@ def draw_map(trials: pd.DataFrame) -> dict[str, str]:
 
 
 def draw_scores(trials: pd.DataFrame) -> dict[str, str]:
-    """Each trial's log-loss, and the best so far."""
-    losses = trials["log_loss"].to_numpy()
-    lines = [("trial", "muted", ":", losses), ("best so far", "accent", "-", np.minimum.accumulate(losses))]
+    """Each trial's log-loss, none where it diverged, and the best so far."""
+    losses = trials["log_loss"].replace(np.inf, np.nan).to_numpy()
+    lines = [("trial", "muted", ":", losses), ("best so far", "accent", "-", np.fmin.accumulate(losses))]
     return draw_lines(trials["trial"].to_numpy(), lines, "cross-validated log-loss", "trial", 2.6)
 
 

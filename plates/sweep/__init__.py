@@ -12,11 +12,10 @@ from plates.cluster import Plan
 from plates.config import TuneConfig
 from plates.head import HeadSettings, fit_heads
 from plates.model import build_classifier
-from plates.storage import remove_tree
 from plates.sweep.head_trials import HeadSweep, run_head_trials
 from plates.sweep.scores import Folds, summarize, tabulate_trials
 from plates.sweep.training_trials import run_training_trials
-from plates.sweep.tuner import STATE_FOLDER
+from plates.sweep.tuner import state_of
 from plates.train_loop import compute_features, train
 from plates.train_loop.frozen import history_of
 from plates.train_loop.group import labels_of
@@ -24,7 +23,6 @@ from plates.train_loop.task import Task
 from plates.trainer import run_loop
 
 LR_RANGE, GAMMA_RANGE = (1e-4, 3e-2), (0.05, 1.0)
-PUBLISHED = {"lr": 1e-3, "step_size": 7, "gamma": 0.1}
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,9 @@ def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
     """All trials by Ray Tune, then winner and baseline on all labelled images.
 
     With a frozen trunk the plan's workers compute the features once and every trial fits heads on them; else a trial
-    is a training run of its own.
+    is a training run of its own. Its state stays in the run directory, for the same command to take up.
     """
-    swept = (sweep_heads if task.config.trainable == "head" else sweep_training)(task, folds, plan)
-    remove_tree(task.run / STATE_FOLDER)
-    return swept
+    return (sweep_heads if task.config.trainable == "head" else sweep_training)(task, folds, plan)
 
 
 def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
@@ -61,7 +57,7 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     schedules = draw_schedules(config)
     start_s = time.perf_counter()
     sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config)
-    results = run_head_trials(sweep, task.run)
+    results = run_head_trials(sweep, state_of(task))
     trials = tabulate_trials(results, schedules)
     winner = int(trials["is_winner"].to_numpy().argmax())
     heads = fit_heads(
@@ -75,34 +71,39 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     )
     model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
     histories = [pd.DataFrame(history_of(heads, head)) for head in (0, 1)]
-    timings[0]["train_s"] += time.perf_counter() - start_s  # rank 0 stands for the driver and its trials
+    charge_trials(timings, timings[0]["train_s"] + time.perf_counter() - start_s)
     figures = summarize(results, schedules, trials)
     return Swept(trials, figures, model.state_dict(), histories[0], histories[1], timings, precision)
 
 
 def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
-    schedules = draw_schedules(cast(TuneConfig, task.config))
+    schedules, state = draw_schedules(cast(TuneConfig, task.config)), state_of(task)
     start_s = time.perf_counter()
-    results = run_training_trials(task, folds, schedules, plan)
+    results = run_training_trials(task, folds, schedules, plan, state)
     trials = tabulate_trials(results, schedules)
     trials_s = time.perf_counter() - start_s
     winner = int(trials["is_winner"].to_numpy().argmax())
-    whole = replace(task.dataset, val=())
-    retrained = {
-        trial: run_loop(train, replace(task, config=replace(task.config, **schedules[trial]), dataset=whole), plan)
-        for trial in {winner, 0}
-    }
+    retrained = {}
+    for trial in {winner, 0}:
+        config, dataset = replace(task.config, **schedules[trial]), replace(task.dataset, val=())
+        run = state / f"retrained-{trial}"
+        retrained[trial] = run_loop(train, replace(task, config=config, dataset=dataset, run=run), plan)
     best = retrained[winner]
-    best.timings[0]["train_s"] = trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values())
+    charge_trials(best.timings, trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values()))
     histories = [pd.DataFrame(retrained[trial].history) for trial in (winner, 0)]
     figures = summarize(results, schedules, trials)
     return Swept(trials, figures, best.state, histories[0], histories[1], best.timings, best.precision)
 
 
+def charge_trials(timings: list[dict[str, Any]], train_s: float) -> None:
+    """Rank 0 stands for the driver and its trials: seconds in which more was done than its images were computed."""
+    timings[0] |= {"train_s": train_s, "num_train_images": None}
+
+
 def draw_schedules(config: TuneConfig) -> list[dict[str, Any]]:
-    """Trial 0 is the published schedule; the others are random: log-uniform lr, integer step_size, uniform gamma."""
+    """Trial 0, the baseline, is the settings' own; the others are random: log-uniform lr, the rest uniform."""
     draw = np.random.default_rng(config.seed)
-    schedules = [dict(PUBLISHED)]
+    schedules: list[dict[str, Any]] = [{"lr": config.lr, "step_size": config.step_size, "gamma": config.gamma}]
     for _ in range(config.num_trials - 1):
         schedules.append(
             {

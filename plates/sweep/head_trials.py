@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from plates.cluster import start_ray
 from plates.config import TuneConfig
 from plates.head import HeadSettings, fit_heads
 from plates.storage import Place
-from plates.sweep.scores import Folds
+from plates.sweep.scores import Folds, score_images
 from plates.sweep.tuner import tune_all
 
 
@@ -48,8 +47,7 @@ def score_schedule(data: HeadSweep, schedule: dict[str, Any]) -> dict[str, Any]:
         seed=data.config.seed,
     )
     logits = heads.logits(data.val)  # (H, N, C)
-    losses = cross_entropy(logits.mT, data.labels.expand(len(every), -1), reduction="none")  # (H, N)
-    is_right = (logits.argmax(2) == data.labels).float()
+    losses, is_right = score_images(logits, data.labels)  # (H, N)
     places = [torch.tensor(held) for _, held in every]
     held_out = [(losses[h, held], is_right[h, held]) for h, held in enumerate(places)]
     num_folds, num_repeats = data.config.folds, data.config.cv_repeats
@@ -75,8 +73,8 @@ def score_schedule(data: HeadSweep, schedule: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_head_trials(data: HeadSweep, run: Place) -> list[dict[str, Any]]:
-    """All trials of a head sweep by Ray Tune, in trial order; a sweep that was cut off goes on.
+def run_head_trials(data: HeadSweep, state: Place) -> list[dict[str, Any]]:
+    """All trials of a head sweep by Ray Tune, in trial order; a sweep that was cut off goes on from `state`.
 
     A class Trainable with reused actors costs milliseconds a trial; the features go through the object store once.
     """
@@ -100,4 +98,4 @@ def run_head_trials(data: HeadSweep, run: Place) -> list[dict[str, Any]]:
             return True
 
     trainable = tune.with_parameters(HeadTrial, data=data)
-    return tune_all(trainable, len(data.schedules), run, callbacks=[JsonLoggerCallback()], reuse_actors=True)
+    return tune_all(trainable, len(data.schedules), state, callbacks=[JsonLoggerCallback()], reuse_actors=True)

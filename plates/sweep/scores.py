@@ -2,16 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 from sklearn.model_selection import RepeatedStratifiedKFold, StratifiedKFold
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from plates.config import TuneConfig, UserError
 from plates.dataset import Sample
 
-STANDARD_ERRORS = 1.96
+CONFIDENCE = 0.95
+NUM_SEEDS = 2**32  # that scikit-learn takes
 
 Fold = tuple[np.ndarray, np.ndarray]  # indices of training images, of held-out images
 
@@ -36,8 +41,8 @@ def make_folds(samples: Sequence[Sample], config: TuneConfig) -> Folds:
         raise UserError(f"--folds {config.folds}: the smallest class has {smallest} images; lower it, or add images")
     blank = np.zeros(len(labels))
     repeated = RepeatedStratifiedKFold(n_splits=config.folds, n_repeats=config.cv_repeats, random_state=config.seed)
-    outer = StratifiedKFold(config.folds, shuffle=True, random_state=config.seed + 1)
-    inner = StratifiedKFold(config.folds, shuffle=True, random_state=config.seed + 2)
+    outer = StratifiedKFold(config.folds, shuffle=True, random_state=(config.seed + 1) % NUM_SEEDS)
+    inner = StratifiedKFold(config.folds, shuffle=True, random_state=(config.seed + 2) % NUM_SEEDS)
     nested = [
         ((rest, held), [(rest[a], rest[b]) for a, b in inner.split(blank[rest], labels[rest])])
         for rest, held in outer.split(blank, labels)
@@ -45,27 +50,56 @@ def make_folds(samples: Sequence[Sample], config: TuneConfig) -> Folds:
     return Folds(list(repeated.split(blank, labels)), nested)
 
 
-def paired_difference(image_losses: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference (other minus one) over images, and its 95% interval by the normal approximation."""
-    differences = np.asarray(other) - np.asarray(image_losses)
-    error = STANDARD_ERRORS * differences.std(ddof=1) / np.sqrt(len(differences))
+def score_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each image, and whether it is right: (..., N, C) to twice (..., N).
+
+    What is not finite is infinitely bad, and not right: a diverged model must not pass for one that was not scored.
+    """
+    targets = labels.expand(logits.shape[:-1])
+    losses = cross_entropy(logits.movedim(-1, 1), targets, reduction="none").nan_to_num(nan=inf, posinf=inf)
+    return losses, ((logits.argmax(-1) == targets) & losses.isfinite()).float()
+
+
+def paired_difference(
+    image_losses: Sequence[float], other: Sequence[float], num_comparisons: int = 1
+) -> tuple[float, float, float]:
+    """Mean difference (other minus one) over images, and its 95% interval by Student's t.
+
+    It covers the noise between images. Of `num_comparisons` such intervals all hold at once (Bonferroni), so that one
+    of them still holds after it was selected.
+    """
+    ones, others = np.asarray(image_losses), np.asarray(other)
+    with np.errstate(invalid="ignore"):
+        differences = np.where(ones == others, 0.0, others - ones)  # two diverged ones do not differ
     mean = float(differences.mean())
-    return mean, mean - float(error), mean + float(error)
+    if not np.isfinite(mean):
+        return mean, mean, mean
+    error = half_width(differences, num_comparisons)
+    return mean, mean - error, mean + error
+
+
+def half_width(values: np.ndarray, num_comparisons: int = 1) -> float:
+    """Of the 95% interval of a mean, by Student's t; not a number for a single value."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return float("nan")
+    quantile = stats.t.ppf(1 - (1 - CONFIDENCE) / (2 * num_comparisons), len(values) - 1)
+    return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def tabulate_trials(results: list[dict[str, Any]], schedules: list[dict[str, Any]]) -> pd.DataFrame:
-    """trials.csv, in trial order: schedule, mean log-loss with its interval over repeats, accuracy, each fold's loss.
+    """trials.csv, in trial order: schedule, mean log-loss, accuracy, each fold's loss; infinite where one diverged.
 
-    `is_distinguishable` is False where the loss differs from the winner's by less than the noise between images.
+    `log_loss_low` and `log_loss_high` are a 95% interval over the repeats: it covers the noise of drawing the folds,
+    not that of which images there are. `is_distinguishable` is whether the loss is above the winner's by more than
+    the noise between images, the winner's selection among all trials included.
     """
     num_folds = max(len(result["fold_log_losses"]) for result in results)
     complete = [result for result in results if len(result["fold_log_losses"]) == num_folds]
     best = min(complete, key=lambda result: result["log_loss"])
     rows = []
     for trial, (result, schedule) in enumerate(zip(results, schedules, strict=True)):
-        repeats = np.asarray(result["repeat_log_losses"])
-        error = STANDARD_ERRORS * repeats.std(ddof=1) / np.sqrt(len(repeats)) if len(repeats) > 1 else np.nan
-        _, low, _ = paired_difference(best["image_log_losses"], result["image_log_losses"])
+        error = half_width(np.asarray(result["repeat_log_losses"]))
+        _, low, _ = paired_difference(best["image_log_losses"], result["image_log_losses"], max(1, len(results) - 1))
         rows.append(
             {
                 "trial": trial,
@@ -87,7 +121,12 @@ def tabulate_trials(results: list[dict[str, Any]], schedules: list[dict[str, Any
 def summarize(
     results: list[dict[str, Any]], schedules: list[dict[str, Any]], trials: pd.DataFrame
 ) -> dict[str, float | int]:
-    """Flat figures: winner, baseline, gain with its interval, and the estimate from nested cross-validation."""
+    """Flat figures: winner, baseline, the gain, and what nested cross-validation estimates of both.
+
+    The interval of `gain/` holds for all trials at once, so that it covers the winner's selection. The figures of
+    `nested/` are of images that took no part in choosing: the losses of the trial chosen without them, and by how
+    much they are below the baseline's.
+    """
     winner = int(trials["is_winner"].to_numpy().argmax())
     figures: dict[str, float | int] = {
         "num_trials": len(results),
@@ -97,14 +136,17 @@ def summarize(
         figures[f"{name}/trial"] = trial
         figures |= {f"{name}/{key}": value for key, value in schedules[trial].items()}
         figures |= {f"{name}/{key}": results[trial][key] for key in ("log_loss", "accuracy")}
-    gain = paired_difference(results[winner]["image_log_losses"], results[0]["image_log_losses"])
+    losses = [results[trial]["image_log_losses"] for trial in (winner, 0)]
+    gain = paired_difference(*losses, num_comparisons=max(1, len(results) - 1))
     figures |= dict(zip(("gain/log_loss", "gain/log_loss_low", "gain/log_loss_high"), gain, strict=True))
     if not results[0]["nested_inner"]:
         return figures
-    losses, right = [], []
-    for fold in range(len(results[0]["nested_inner"])):
+    nested: list[tuple[float, ...]] = []  # of each image: loss, is right, the baseline's loss
+    for fold, (base_losses, _) in enumerate(results[0]["nested_outer"]):
         chosen = min(results, key=lambda result, fold=fold: result["nested_inner"][fold])
-        fold_losses, fold_right = chosen["nested_outer"][fold]
-        losses += fold_losses
-        right += fold_right
-    return figures | {"nested/log_loss": float(np.mean(losses)), "nested/accuracy": float(np.mean(right))}
+        nested += zip(*chosen["nested_outer"][fold], base_losses, strict=True)
+    outer, right, base = np.array(nested).T
+    figures |= {"nested/log_loss": float(outer.mean()), "nested/accuracy": float(right.mean())}
+    return figures | dict(
+        zip(("nested/gain", "nested/gain_low", "nested/gain_high"), paired_difference(outer, base), strict=True)
+    )

@@ -1,26 +1,30 @@
 """Trials that train more than the head: each fold is a Ray Train run, and poor trials are stopped early."""
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
-from torch.nn.functional import cross_entropy
 
-from plates.cluster import Plan, list_nodes, share_cpus, start_ray
+from plates.cluster import Node, Plan, list_nodes, share_cpus, start_ray
 from plates.config import TuneConfig, UserError
-from plates.sweep.scores import Folds
-from plates.sweep.tuner import STATE_FOLDER, tune_all
+from plates.rundir import write_json
+from plates.storage import Place, remove_tree
+from plates.sweep.scores import Folds, score_images
+from plates.sweep.tuner import tune_all
 from plates.train_loop import train
 from plates.train_loop.group import labels_of
 from plates.train_loop.task import Task
 from plates.trainer import run_loop
 
 DRIVER_MEMORY_BYTES = 1 << 20
+WORST_SCORE = 1e30  # for ASHA, whose quantiles cannot be told with infinities among the scores
 
 
 def run_training_trials(
-    task: Task, folds: Folds, schedules: list[dict[str, Any]], plan: Plan
+    task: Task, folds: Folds, schedules: list[dict[str, Any]], plan: Plan, state: Place
 ) -> list[dict[str, Any]]:
     """All trials in trial order. A trial reports after each fold, and ASHA stops the poor ones after one repeat.
 
@@ -33,25 +37,26 @@ def run_training_trials(
     from ray.tune.schedulers import ASHAScheduler
 
     config = cast(TuneConfig, task.config)
-    plan, num_concurrent = pack_trials(plan)
+    plan, num_concurrent = pack_trials(plan, config.cpus_per_worker, list_nodes())
 
     def drive_trial(point: dict[str, Any], task: Task, folds: Folds) -> None:
-        for result in score_folds(task, folds, schedules[point["index"]], plan, point["index"]):
-            tune.report({**result, "index": point["index"]})
+        index = point["index"]
+        for result in score_folds(task, folds, schedules[index], plan, state / "folds" / str(index)):
+            tune.report({**result, "index": index, "score": min(result["log_loss"], WORST_SCORE)})
 
     # Tune wants a trial to reserve something; a little memory leaves all CPUs to the workers.
     room = tune.PlacementGroupFactory([{"memory": DRIVER_MEMORY_BYTES}])
     trainable = tune.with_resources(tune.with_parameters(drive_trial, task=task, folds=folds), room)
     scheduler = ASHAScheduler(
-        metric="log_loss", mode="min", max_t=len(folds.repeated), grace_period=config.folds, reduction_factor=2
+        metric="score", mode="min", max_t=len(folds.repeated), grace_period=config.folds, reduction_factor=2
     )
     callbacks = [
         JsonLoggerCallback(),
         TBXLoggerCallback(),
     ]  # a sweep of heads turns Tune's own choice off
-    results = tune_all(trainable, len(schedules), task.run, callbacks=callbacks, scheduler=scheduler,
+    results = tune_all(trainable, len(schedules), state, callbacks=callbacks, scheduler=scheduler,
                        max_concurrent_trials=num_concurrent)  # fmt: skip
-    for trial in (task.run / STATE_FOLDER).iterdir():
+    for trial in state.iterdir():
         for file in trial.iterdir() if trial.is_dir() else ():
             if file.name.startswith("events.out.tfevents"):
                 target = task.run / "tensorboard" / trial.name / file.name
@@ -60,39 +65,49 @@ def run_training_trials(
     return results
 
 
-def pack_trials(plan: Plan) -> tuple[Plan, int]:
+def pack_trials(plan: Plan, cpus_per_worker: int | None, nodes: list[Node]) -> tuple[Plan, int]:
     """The plan of one trial, with at least one Ray worker, and how many trials fit at a time.
 
-    On GPUs each trial takes its workers' GPUs and an equal part of the CPUs; CPU trials run one after another, since
-    each already uses all cores.
+    On GPUs each trial takes its workers' GPUs and an equal part of the CPUs, or what was asked for; CPU trials run
+    one after another, since each already uses all cores.
+
+    Raises: UserError where not even one trial fits.
     """
-    nodes = list_nodes()
     num_workers = max(1, plan.num_workers)
-    num_gpus = sum(node.num_gpus for node in nodes)
-    num_concurrent = max(1, num_gpus // num_workers) if plan.device == "cuda" else 1
-    cpus = share_cpus(num_workers * num_concurrent, plan.device, nodes)
-    if cpus is None:
-        raise UserError(f"--num-workers {num_workers}: the cluster has no room for the workers of one trial")
-    return replace(plan, num_workers=num_workers, cpus_per_worker=cpus), num_concurrent
+    most = sum(node.num_gpus for node in nodes) // num_workers if plan.device == "cuda" else 1
+    for num_concurrent in range(max(1, most), 0, -1):
+        cpus = share_cpus(num_workers * num_concurrent, plan.device, nodes)
+        if cpus and cpus >= (cpus_per_worker or 1):
+            return replace(plan, num_workers=num_workers, cpus_per_worker=cpus_per_worker or cpus), num_concurrent
+    asked = f", --cpus-per-worker {cpus_per_worker}" if cpus_per_worker else ""
+    raise UserError(f"--num-workers {num_workers}{asked}: the cluster has no room for the workers of one trial")
 
 
 def score_folds(
-    task: Task, folds: Folds, schedule: dict[str, Any], plan: Plan, index: int
+    task: Task, folds: Folds, schedule: dict[str, Any], plan: Plan, folder: Place
 ) -> Iterator[dict[str, Any]]:
-    """Trains fold by fold; after each yields the scores so far, as `score_schedule` does of all at once."""
+    """Trains fold by fold; after each yields the scores so far, as `score_schedule` does of all at once.
+
+    A fold's scores are kept in `folder`, its training state, which is large, only until they are there.
+    """
     samples, num_folds = task.dataset.train, cast(TuneConfig, task.config).folds
     num_repeats = len(folds.repeated) // num_folds
     losses = np.full((num_repeats, len(samples)), np.nan)
     is_right = np.full((num_repeats, len(samples)), np.nan)
     fold_losses: list[float] = []
     for place, (kept, held) in enumerate(folds.repeated):
-        dataset = replace(task.dataset, train=tuple(samples[i] for i in kept), val=tuple(samples[i] for i in held))
-        folder = task.run / STATE_FOLDER / "folds" / f"{index}-{place}"
-        fold = replace(task, config=replace(task.config, **schedule), dataset=dataset, run=folder)
-        logits = run_loop(train, fold, plan).val_logits
-        labels = labels_of(dataset.val)
-        losses[place // num_folds, held] = cross_entropy(logits, labels, reduction="none").numpy()
-        is_right[place // num_folds, held] = (logits.argmax(1) == labels).numpy()
+        file = folder / f"{place}.json"
+        if not file.exists():
+            dataset = replace(
+                task.dataset, train=tuple(samples[i] for i in kept), val=tuple(samples[i] for i in held)
+            )
+            fold = replace(task, config=replace(task.config, **schedule), dataset=dataset, run=folder / f"{place}")
+            logits = run_loop(train, fold, plan).val_logits
+            write_json(file, [scores.tolist() for scores in score_images(logits, labels_of(dataset.val))])
+            remove_tree(fold.run)
+        scores = json.loads(file.read_text())
+        losses[place // num_folds, held] = [math.inf if loss is None else loss for loss in scores[0]]
+        is_right[place // num_folds, held] = scores[1]
         fold_losses.append(float(losses[place // num_folds, held].mean()))
         seen = slice(0, place // num_folds + 1)
         yield {
@@ -101,7 +116,7 @@ def score_folds(
             "fold_log_losses": list(fold_losses),
             "repeat_log_losses": np.nanmean(losses[seen], axis=1).tolist(),
             "image_log_losses": [
-                float(np.nanmean(column)) if np.isfinite(column).any() else 0.0 for column in losses.T
+                math.nan if np.isnan(column).all() else float(np.nanmean(column)) for column in losses.T
             ],
             "nested_inner": [],
             "nested_outer": [],

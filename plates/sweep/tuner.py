@@ -2,32 +2,41 @@
 
 from typing import Any
 
-from plates.storage import Place
+from plates.storage import Place, remove_tree
+from plates.train_loop.task import Task, task_key
 
-STATE_FOLDER = ".ray_tune"  # Tune's own bookkeeping inside the run directory, gone when the sweep is done
+STATE_FOLDER = ".ray_tune"  # of a sweep at work inside the run directory, gone when the run is finished
+
+
+def state_of(task: Task) -> Place:
+    """The folder of what this sweep has computed. That of other images, labels, weights or settings is removed."""
+    state = task.run / STATE_FOLDER / task_key(task)[:16]
+    if state.parent.exists() and not state.exists():
+        print("the trials computed before are of other images or weights: starting again", flush=True)
+        remove_tree(state.parent)
+    return state
 
 
 def tune_all(
-    trainable: Any, num_trials: int, run: Place, *, callbacks: list[Any] | None = None, **options: Any
+    trainable: Any, num_trials: int, state: Place, *, callbacks: list[Any] | None = None, **options: Any
 ) -> list[dict[str, Any]]:
-    """Runs trials {"index": 0…} by Tune, or resumes them, and returns their last results in trial order.
+    """Runs trials {"index": 0…} by Tune, or resumes them from `state`, and returns their last results in trial order.
 
     Raises: RuntimeError naming the first failed trial's error.
     """
     from ray import tune
 
-    folder = run / STATE_FOLDER
     space = {"index": tune.grid_search(list(range(num_trials)))}
-    if tune.Tuner.can_restore(str(folder)):
-        tuner = tune.Tuner.restore(str(folder), trainable, restart_errored=True, param_space=space)
+    if tune.Tuner.can_restore(str(state)):
+        tuner = tune.Tuner.restore(str(state), trainable, restart_errored=True, param_space=space)
     else:
         tuner = tune.Tuner(
             trainable,
             param_space=space,
             tune_config=tune.TuneConfig(**options),
             run_config=tune.RunConfig(
-                name=STATE_FOLDER,
-                storage_path=str(run),
+                name=state.name,
+                storage_path=str(state.parent),
                 callbacks=callbacks,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,

@@ -47,7 +47,7 @@ def compute_features(task: Task, worker: Worker) -> tuple[Features, list[dict[st
 
 
 def time_worker(worker: Worker, startup_s: float, phases: Phases, num_images: int) -> dict[str, Any]:
-    """This worker's row of timing.csv, without its prediction."""
+    """This worker's row of timing.csv, without its prediction; and how many training images it computed."""
     return {
         "rank": worker.rank,
         "node": this_node(worker.is_ray),
@@ -57,6 +57,7 @@ def time_worker(worker: Worker, startup_s: float, phases: Phases, num_images: in
         "data_s": phases.seconds["data"],
         "train_s": phases.seconds["train"],
         "train_images_per_sec": rate(num_images, phases.seconds["train"]),
+        "num_train_images": num_images,
     }
 
 

@@ -35,6 +35,42 @@ def test_a_sweep_writes_all_its_files(tmp_path, local_ray, capsys):
     assert not (run / ".ray_tune").exists()
 
 
+def test_a_sweep_cut_off_while_predicting_keeps_its_trials_unless_labels_changed(
+    tmp_path, folder, monkeypatch, local_ray
+):
+    """Its baseline diverges, too: that is stored, resumed and shown as infinitely bad."""
+    run, fresh = tmp_path / "run", tmp_path / "fresh"
+    flags = [*SMALL, "--data", str(folder), "--num-trials", "4", "--lr", "3e38", "--out"]
+
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def stored() -> dict[str, str]:  # with time and process, so that what is computed again is other text
+        return {str(file): file.read_text() for file in run.glob(".ray_tune/*/*/result.json")}
+
+    with monkeypatch.context() as broken:
+        broken.setattr("plates.predict.predict", cut_off)
+        assert tune_job.main([*flags, str(run)]) == 1
+        before = stored()
+        assert len(before) == 4
+        assert tune_job.main([*flags, str(run)]) == 1
+    assert stored() == before
+    for name in ("cleaned/1.jpg", "cleaned/3.jpg", "cleaned/5.jpg", "dirty/0.png", "dirty/2.png", "dirty/4.png"):
+        here, there = folder / "train" / name, ("cleaned", "dirty")[name.startswith("cleaned")]
+        here.rename(folder / "train" / there / f"moved-{here.name}")
+    assert tune_job.main([*flags, str(run)]) == 0
+    assert tune_job.main([*flags, str(fresh)]) == 0
+    trials = pd.read_csv(run / "trials.csv")
+    pd.testing.assert_frame_equal(trials, pd.read_csv(fresh / "trials.csv"), atol=1e-6)
+    assert trials["log_loss"].tolist()[0] == float("inf")
+    assert not trials["is_winner"].tolist()[0]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["baseline/lr"] == 3e38
+    assert metrics["baseline/log_loss"] is None
+    assert "diverged" in (run / "report.html").read_text()
+    assert not list(run.glob(".*"))
+
+
 def test_too_many_folds_are_one_line(tmp_path, capsys):
     assert tune_job.main([*SMALL, "--folds", "12", "--out", str(tmp_path / "run")]) == 2
     assert "--folds 12: the smallest class has 12 images" in capsys.readouterr().err

@@ -1,12 +1,21 @@
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from plates.report import summary_table, wilson_interval, write_report
+from plates.config import TuneConfig
+from plates.metrics import score
+from plates.report import summary_table, write_report
+from plates.report.predictions import read_predictions, show_predictions
+from plates.report.scores import wilson_interval
+from plates.rundir import write_json
+from plates.sweep import draw_schedules
+from plates.sweep.scores import summarize, tabulate_trials
 
 ODD_CLASSES = ["dirty & <b>wet", 'NA "quoted"']
 
@@ -200,6 +209,108 @@ def test_summary_table(odd_run: Path) -> None:
         ["val", "8", "87.5%", "0.3457"],
         ["test", "30", "–", "–"],
     ]
+
+
+def write_many_classes(run: Path, *, num_classes: int, num_images: int) -> list[str]:
+    """A run of very many classes: a third of the images is taken for the next class, those of class 7 always."""
+    classes = [f"class {i:04}" for i in range(num_classes)]
+    run.mkdir()
+    labels = torch.arange(num_images) % num_classes
+    guesses = torch.where((labels == 7) | (torch.arange(num_images) % 3 == 0), (labels + 1) % num_classes, labels)
+    logits = torch.randn(num_images, num_classes, generator=torch.Generator().manual_seed(0))
+    logits[torch.arange(num_images), guesses] += 8
+    write_json(run / "config.json", {"job": "train", "classes": classes})
+    write_json(run / "metrics.json", score(logits, labels, tuple(classes), "test"))
+    table = pd.DataFrame(logits.softmax(1).numpy(), columns=[f"p_{name}" for name in classes])
+    table.insert(0, "label", [classes[i] for i in guesses])
+    table.insert(0, "id", [f"{i:05}" for i in range(num_images)])
+    table.insert(0, "path", [f"test/{i:05}.jpg" for i in range(num_images)])
+    table.to_csv(run / "predictions.csv", index=False)
+    return classes
+
+
+def test_very_many_classes_make_small_files_and_take_little_memory(tmp_path: Path) -> None:
+    classes = write_many_classes(tmp_path / "run", num_classes=400, num_images=1000)
+    assert (tmp_path / "run" / "metrics.json").stat().st_size < 100_000
+    text = read_predictions(tmp_path / "run" / "predictions.csv")
+    assert len(text) == 1000
+    tracemalloc.start()
+    page = write_page(tmp_path / "run", views=0)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 5 * (tmp_path / "run" / "predictions.csv").stat().st_size
+    assert len(page) < 500_000
+    matrix = page.split('<table class="matrix"')[1].split("</table>")[0]
+    assert matrix.count("<tr>") == 1 + 20
+    assert f'<th scope="row">{classes[7]}</th>' in matrix, "of its images each is mistaken"
+    assert "Of 400 classes the 20 with the most mistaken images are shown" in page
+    assert "the others as 380 other classes." in page
+    assert f"{classes[19]}, and 380 more" in page
+    judged = re.search(r"(\d+) of 1000 images correct", " ".join(page.split()))
+    assert judged
+    assert int(judged[1]) == 1000 - 334 - 2  # of the three images of class 7 one is a third one anyway
+
+
+def test_the_shown_probabilities_are_the_label_and_the_next_most_probable(tmp_path: Path) -> None:
+    table = {"path": ["test/1.jpg", "test/2.jpg"], "id": ["01", "NA"], "label": ["NA", "02"]}
+    chances = {"p_01": [0.2, ""], "p_02": [0.25, ""], "p_NA": [0.45, ""], "p_null": [0.1, ""]}
+    pd.DataFrame(table | chances).to_csv(tmp_path / "predictions.csv", index=False)
+    section = show_predictions(tmp_path / "predictions.csv", draw_noise)
+    assert section is not None
+    first, diverged = section["grids"]["Evenly spaced by path"]
+    assert first["bars"] == [("NA", 0.45), ("02", 0.25), ("01", 0.2)]
+    assert (diverged["title"], [name for name, _ in diverged["bars"]]) == ("NA", ["02", "01", "NA"])
+    assert len(section["grids"]["Most confident"]) == 1
+    assert section["totals"] == {"NA": 1, "02": 1}
+
+
+def test_a_confusion_matrix_of_few_classes_is_whole(odd_page: str) -> None:
+    matrix = odd_page.split('<table class="matrix"')[1].split("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in matrix.split("<tr>")[2:]]
+    assert rows == [["4", "0", "4", "100.0%"], ["1", "3", "4", "75.0%"]]
+    assert "another class" not in matrix
+
+
+def make_sweep(run: Path, losses: list[float]) -> str:
+    """Files of a sweep of which trial 0, the baseline, may have diverged; its report."""
+    run.mkdir()
+    schedules = draw_schedules(TuneConfig(num_trials=len(losses), lr=0.5))
+    results = []
+    for loss in losses:
+        images = [loss - 0.1, loss, loss, loss + 0.1]
+        result = {"log_loss": loss, "accuracy": 0.5, "fold_log_losses": [loss] * 2, "repeat_log_losses": [loss, loss]}
+        results.append(
+            {**result, "image_log_losses": images, "nested_inner": [loss], "nested_outer": [(images, [1.0] * 4)]}
+        )
+    trials = tabulate_trials(results, schedules)
+    trials.to_csv(run / "trials.csv", index=False)
+    write_json(run / "metrics.json", summarize(results, schedules, trials))
+    history = pd.DataFrame({"epoch": [0, 1], "train/loss": [0.7, 0.5]})
+    history.to_csv(run / "history.csv", index=False)
+    history.assign(**{"train/loss": np.nan}).to_csv(run / "history_baseline.csv", index=False)
+    return " ".join(re.sub(r"<[^>]*>", " ", write_page(run, views=0).split("<body>")[1]).split())
+
+
+def test_a_diverged_trial_is_called_so(tmp_path: Path) -> None:
+    text = make_sweep(tmp_path / "run", [np.inf, 0.6, 0.4])
+    assert "The baseline (lr 0.5, step_size 7, gamma 0.1) has diverged" in text
+    assert "Trial 2 has the lowest cross-validated log-loss of 3: 0.4000" in text
+    assert "gain" not in text.split("The baseline")[1].split("own figures")[0]
+    assert not re.search(r"\b(inf|nan|None)\b", text)
+
+
+def test_a_sweep_whose_trials_all_diverged_has_a_page(tmp_path: Path) -> None:
+    text = make_sweep(tmp_path / "run", [np.inf, np.inf])
+    assert "Trial 0 has the lowest cross-validated log-loss of 2: diverged" in text
+    assert not re.search(r"\b(inf|nan|None)\b", text)
+
+
+def test_the_page_says_what_each_interval_covers(tmp_path: Path) -> None:
+    text = make_sweep(tmp_path / "run", [0.5, 0.6, 0.4])
+    assert "The winner gains 0.1000 , 95% interval 0.1000 to 0.1000, which holds for all trials at once" in text
+    assert "a gain over the baseline of 0.1000 , 95% interval" in text
+    assert "it covers the noise of drawing the folds" in text
+    assert "published schedule" not in text
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 8), (7, 8), (8, 8), (500, 1000)])

@@ -7,11 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from plates import rundir
-from plates.config import TrainConfig, UserError
+from plates.config import BenchmarkConfig, TrainConfig, UserError
 
 CONFIG = TrainConfig(data="synthetic:8", epochs=2)
 
@@ -52,6 +53,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         rundir.write_whole(path, lambda file: file.write_text("half") and 1 / 0)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    values = {"val/loss": float("nan"), "rows": [np.float64("inf"), 0.5, (1, -float("inf"))], "text": "NaN"}
+    rundir.write_json(tmp_path / "metrics.json", values)
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    read = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse)
+    assert read == {"val/loss": None, "rows": [None, 0.5, [1, None]], "text": "NaN"}
+
+
+def test_an_unfinished_run_of_settings_with_lists_is_taken_again(tmp_path):
+    config = BenchmarkConfig(devices=("cpu",), worker_counts=(1, 2))
+    rundir.claim_run(tmp_path / "run", "benchmark", config, {})
+    rundir.find_run(str(tmp_path / "run"), "benchmark", config)
+    with pytest.raises(UserError, match=r"\(worker_counts differ\)"):
+        rundir.find_run(str(tmp_path / "run"), "benchmark", replace(config, worker_counts=(1, 2, 4)))
 
 
 def test_tables_are_written_alike(tmp_path):

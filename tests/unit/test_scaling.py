@@ -1,8 +1,15 @@
+import subprocess
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from plates import scaling
 from plates.config import BenchmarkConfig, UserError
+from plates.dataset import load_dataset
+from plates.published import leave_out_unreadable
 from plates.report.benchmark import say_model, tabulate_benchmark
 from plates.scaling import Row, extrapolate, fit_model, flags_of, plan_rows, summarize
 
@@ -34,6 +41,54 @@ def test_weak_scaling_grows_the_work_and_needs_drawn_plates():
     assert flags_of(BenchmarkConfig(num_views=2), 4).count("--num-views") == 1
     with pytest.raises(UserError, match="--scaling weak: needs --data synthetic:N"):
         BenchmarkConfig(data="photos", scaling="weak")
+
+
+def test_weak_scaling_has_its_own_efficiency_and_no_fit_of_strong_scaling():
+    """The work grows with the workers, and so do the seconds a little: T(1)/T(N)."""
+    repeats = pd.DataFrame([measure(n, 10.0 + n, 100.0 * n / (10.0 + n)) for n in (0, 1, 2, 4, 8)])
+    entries = summarize(repeats, "weak")
+    assert [entry.get("efficiency") for entry in entries[1:]] == pytest.approx([1, 11 / 12, 11 / 14, 11 / 18])
+    assert ["total_speedup" in entry for entry in entries] == [True, True, False, False, False]
+    model = fit_model(entries, "weak")
+    assert "T(1) / T(N)" in say_model(model)
+    assert "parallel_s" not in model
+    assert "parallel_s" in fit_model(summarize(repeats))
+    assert len({len(cells) for cells in tabulate_benchmark({"rows": entries})}) == 1
+
+
+def test_unreadable_images_are_skipped_in_every_row(folder):
+    assert flags_of(BenchmarkConfig(skip_unreadable=True), 2).count("--skip-unreadable") == 1
+    assert "--skip-unreadable" not in flags_of(BenchmarkConfig(), 2)
+    for path in ("train/cleaned/1.jpg", "test/3.jpg"):
+        (folder / path).write_bytes(b"no picture")
+    dataset = load_dataset(str(folder), seed=0)
+    left = leave_out_unreadable(dataset)
+    assert len(left.train) == len(dataset.train) - 1
+    assert len(left.test) == len(dataset.test) - 1
+    assert len(left.val) == len(dataset.val)
+
+
+def test_a_row_runs_and_keeps_the_text_of_its_predictions(tmp_path, monkeypatch):
+    """The training process is stood for by one that writes odd ids and class names."""
+    text = "path,id,label,p_01,p_NA\ntest/0001.jpg,0001,01,0.9,0.1\ntest/NA.jpg,NA,NA,0.1,0.90\n"
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir(parents=True)
+        (out / "predictions.csv").write_text(text)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(scaling, "read_run", lambda run, wall_s: {})
+    scaling.measure_row(Row("plates", "cpu", 0), BenchmarkConfig(), 1, tmp_path)
+    assert (tmp_path / "predictions.csv").read_text() == text
+
+
+def test_a_diverged_row_has_no_accuracy_and_a_place_in_the_table():
+    rows = [measure(1, 10.0, 10.0) | {"val/loss": None, "val/accuracy": None}]
+    (entry,) = summarize(pd.DataFrame(rows))
+    assert entry["val/loss"] is None
+    assert tabulate_benchmark({"rows": [entry]})[0][-2] == "–"
 
 
 def test_repeats_become_min_median_max_and_ratios():

@@ -1,0 +1,59 @@
+"""The scores of a split, and its confusion matrix."""
+
+import math
+from collections import Counter
+from typing import Any
+
+from plates.report.text import is_number
+
+MAX_MATRIX = 20  # classes of a confusion matrix that can still be read
+
+
+def score_split(metrics: dict[str, Any], config: dict[str, Any], split: str) -> dict[str, Any]:
+    """Return a split's figures: `cells` has the number of images by (true class, predicted class), zeros left out."""
+    prefix = f"{split}/confusion/"
+    pairs = {key.removeprefix(prefix): int(count) for key, count in metrics.items() if key.startswith(prefix)}
+    cells = {(true, guess): count for pair, count in pairs.items() for true, _, guess in [pair.partition("/")]}
+    accuracy, loss = (metrics.get(f"{split}/{name}") for name in ("accuracy", "loss"))
+    images = metrics.get(f"{split}/num_images", (config.get("num_images") or {}).get(split))
+    # Only some test images may have a true label, so the confusion counts say of how many the accuracy is.
+    judged = sum(cells.values()) or int(images or 0) * is_number(accuracy)
+    hits = sum(count for (true, guess), count in cells.items() if true == guess)
+    correct = hits if cells else round((accuracy or 0) * judged)
+    score = {"split": split, "accuracy": accuracy, "loss": loss, "images": images, "judged": judged, "cells": cells}
+    return score | {"correct": correct, "interval": wilson_interval(correct, judged) if judged else (0.0, 1.0)}
+
+
+def wilson_interval(correct: int, judged: int) -> tuple[float, float]:
+    """Return the 95% Wilson interval, as fractions, for `correct` out of `judged` > 0 images."""
+    z, share = 1.959964, correct / judged
+    centre, scale = share + z * z / (2 * judged), 1 + z * z / judged
+    margin = z * math.sqrt(share * (1 - share) / judged + z * z / (4 * judged * judged))
+    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+
+
+def show_scores(metrics: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
+    scores = [score for split in ("val", "test") if (score := score_split(metrics, config, split))["judged"]]
+    for score in scores:
+        names = config.get("classes") or sorted({name for pair in score["cells"] for name in pair})
+        score["matrix"] = tabulate_confusion(score["cells"], names)
+    return {"name": "scores", "scores": scores} if scores else None
+
+
+def tabulate_confusion(cells: dict[tuple[str, str], int], classes: list[str]) -> dict[str, Any]:
+    """A row a class, in the classes' order: the images predicted as each shown class, as another one, and all.
+
+    Of many classes those with the most mistaken images are shown.
+    """
+    totals, mistaken = Counter[str](), Counter[str]()
+    for (true, guess), count in cells.items():
+        totals[true] += count
+        mistaken[true] += count * (true != guess)
+    worst = set(sorted(classes, key=lambda name: -mistaken[name])[:MAX_MATRIX])
+    names = [name for name in classes if name in worst]
+    rows = []
+    for true in names:
+        counts = [cells.get((true, guess), 0) for guess in names]
+        rows.append({"name": true, "counts": counts, "others": totals[true] - sum(counts), "all": totals[true],
+                     "correct": cells.get((true, true), 0) / totals[true] if totals[true] else None})  # fmt: skip
+    return {"names": names, "rows": rows if cells else [], "num_classes": len(classes)}

@@ -61,7 +61,7 @@ def probe_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = 
 
 @contextmanager
 def trial_folder(run: Place) -> Iterator[Place]:
-    """A hidden folder in the run directory, which may be all that can be written; it goes, as what was made for it."""
+    """A hidden folder in the run directory, which may be all that can be written; it goes, with what was made."""
     made = [place for place in (run, *run.parents) if not place.exists()] if isinstance(run, Path) else []
     folder = run / f"{TRIAL_PREFIX}{uuid.uuid4().hex[:8]}"
     try:
@@ -75,7 +75,7 @@ def trial_folder(run: Place) -> Iterator[Place]:
 
 
 def try_cache(cache: Place | None) -> list[str]:
-    """What is wrong with the folder of features, if anything."""
+    """What is wrong with the folder of features, if anything; it stays, since nodes that share it try it at once."""
     if cache is None:
         return []
     try:

@@ -218,7 +218,7 @@ class CheckConfig:
     data: str = "synthetic"
     """Images that every node must be able to read."""
     out: str | None = None
-    """Run directory of the job to come, beside which every node must be able to write [default: here]."""
+    """Run directory of the job to come, in which every node must be able to write [default: here]."""
     num_workers: NumWorkers = "auto"
     """Ray workers of the job to come."""
     device: Device = "auto"

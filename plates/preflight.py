@@ -3,6 +3,8 @@
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -11,10 +13,11 @@ from typing import Any
 from plates.cluster import Plan, is_in_cluster, this_node
 from plates.config import UserError
 from plates.dataset import Dataset, Source, UnreadableImageError
-from plates.rundir import versions
+from plates.rundir import TRIAL_PREFIX, versions
 from plates.storage import Place, remove_tree
 
 PROBE_S = 60.0  # torch may have to be imported first
+ALL_GPUS = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}  # are seen by a task that asks for none
 SHM = Path("/dev/shm")
 MIN_SHM_BYTES = 1 << 30  # of a container: NCCL and Ray's object store share it, and Docker gives 64 MiB
 
@@ -30,29 +33,60 @@ class Probe:
     problems: tuple[str, ...]
 
 
-def check_nodes(plan: Plan, dataset: Dataset, run: Place) -> None:
-    """Tries every node that may get a worker. Raises: UserError naming a node and what it cannot do."""
-    if plan.num_workers == 0 or not is_in_cluster():
-        return
-    for probe in probe_nodes(plan, dataset, run):
-        if probe.problems:
-            raise UserError(f"node {probe.node}: {'; '.join(probe.problems)}")
+def check_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = None) -> None:
+    """Tries every node that may get a worker, and the cache where it is needed also on this machine alone.
+
+    Raises: UserError naming a node and what it cannot do.
+    """
+    if plan.num_workers and is_in_cluster():
+        for probe in probe_nodes(plan, dataset, run, cache):
+            if probe.problems:
+                raise UserError(f"node {probe.node}: {'; '.join(probe.problems)}")
+    elif problems := try_cache(cache):
+        raise UserError(problems[0])
 
 
-def probe_nodes(plan: Plan, dataset: Dataset, run: Place) -> list[Probe]:
+def probe_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = None) -> list[Probe]:
     """A probe of each node with CPUs or GPUs; of this machine alone where there is no cluster."""
-    folder = run.parent / f".plates-{uuid.uuid4().hex[:8]}"
-    asked = (dataset.source, first_readable(dataset), folder, versions())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "driver").write_bytes(b"driver")
-        if plan.num_workers == 0:
-            return [probe_node(plan.device, *asked, False)]
-        return probe_on_ray(plan, asked, folder)
+        with trial_folder(run) as folder:
+            asked = (dataset.source, first_readable(dataset), folder, cache, versions())
+            (folder / "driver").write_bytes(b"driver")
+            if plan.num_workers == 0:
+                return [probe_node(plan.device, *asked, False)]
+            return probe_on_ray(plan, asked, folder)
     except OSError as error:
         raise UserError(f"--out {run}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def trial_folder(run: Place) -> Iterator[Place]:
+    """A hidden folder in the run directory, which may be all that can be written; it goes, with what was made."""
+    made = [place for place in (run, *run.parents) if not place.exists()] if isinstance(run, Path) else []
+    folder = run / f"{TRIAL_PREFIX}{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
     finally:
         remove_tree(folder)
+        for place in made:
+            with suppress(OSError):  # not empty: another job has begun in it
+                place.rmdir()
+
+
+def try_cache(cache: Place | None) -> list[str]:
+    """What is wrong with the folder of features, if anything; it stays, since nodes that share it try it at once."""
+    if cache is None:
+        return []
+    try:
+        (cache / "features").mkdir(parents=True, exist_ok=True)
+        place = cache / "features" / f"{TRIAL_PREFIX}{uuid.uuid4().hex[:8]}"
+        place.write_bytes(b"")
+        place.unlink()
+    except OSError as error:
+        what = error.strerror or error
+        return [f"PLATES_CACHE {cache}: cannot be written ({what}); set it to a folder or a URI that can"]
+    return []
 
 
 def first_readable(dataset: Dataset) -> str | None:
@@ -76,8 +110,11 @@ def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Prob
         has_gpu = node["Resources"].get("GPU", 0) > 0
         if node["Alive"] and (has_gpu or node["Resources"].get("CPU", 0) > 0):
             device = "cuda" if has_gpu and plan.device == "cuda" else "cpu"
-            task = ray.remote(num_cpus=0, num_gpus=int(device == "cuda"), max_retries=0)(probe_node)
-            task = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            task = ray.remote(num_cpus=0, max_retries=0)(probe_node)  # asks for no GPU: another job may be using it
+            task = task.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+                runtime_env=ALL_GPUS if device == "cuda" else None,
+            )
             waiting.append((node, device, task.remote(device, *asked, True)))  # pyright: ignore[reportCallIssue]
     probes = []
     for node, device, reference in waiting:
@@ -86,10 +123,10 @@ def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Prob
         except RayError as error:
             name = f"{node['NodeManagerHostname']}:{node['NodeID'][-8:]}"
             said = str(error).strip().splitlines()[-1]
-            problem = f"did not run the probe ({said}); is this program installed there, and has it a free {device}?"
+            problem = f"did not run the probe ({said}); is this program installed there?"
             probes.append(Probe(name, device, None, {}, (problem,)))
     written = {path.name for path in folder.iterdir()}
-    unseen = "what it writes beside --out is not seen here; give a folder that all nodes share, or a URI"
+    unseen = "what it writes into --out is not seen here; give a folder that all nodes share, or a URI"
     return [
         replace(probe, problems=(*probe.problems, unseen)) if probe.versions and probe.node not in written else probe
         for probe in probes
@@ -97,9 +134,15 @@ def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Prob
 
 
 def probe_node(
-    device: str, source: Source, path: str | None, folder: Place, expected: dict[str, str], is_ray: bool
+    device: str,
+    source: Source,
+    path: str | None,
+    folder: Place,
+    cache: Place | None,
+    expected: dict[str, str],
+    is_ray: bool,
 ) -> Probe:
-    """Runs on a node: writes beside --out, reads what the driver wrote there and one image, compares versions."""
+    """Runs on a node: writes into --out and the cache, reads the driver's file and an image, compares versions."""
     node, problems = this_node(is_ray), []
     try:
         (folder / node).write_bytes(b"node")
@@ -112,6 +155,7 @@ def probe_node(
             source.read(path)
     except UnreadableImageError as error:
         problems.append(f"cannot read {path} of --data ({error}); give a folder that all nodes share, or a URI")
+    problems += try_cache(cache)
     found = versions()
     other = [f"{name} {found.get(name)}, the driver {value}" for name, value in expected.items()
              if found.get(name) != value]  # fmt: skip

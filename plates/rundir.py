@@ -27,6 +27,7 @@ from plates.config import UserError
 from plates.storage import Place, UriPath, place_of
 
 CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
+TRIAL_PREFIX = ".plates-"  # of what a preflight writes, and cannot delete when it is killed
 STATE_FILE = ".state.safetensors"  # of unfinished training
 BEAT_S, STALE_S = 20.0, 60.0  # a driver on another machine that gave no sign for so long is taken to be gone
 
@@ -168,7 +169,8 @@ def check_claimable(run: Place, settings: dict[str, Any]) -> None:
     """Raises: UserError where a run of these settings may not be written into `run`."""
     if run.exists() and not run.is_dir():
         raise UserError(f"--out {run}: is a file; give a directory")
-    if not run.exists() or not any(child.name != LOCK_FILE for child in run.iterdir()):
+    children = [child.name for child in run.iterdir()] if run.exists() else []
+    if all(name == LOCK_FILE or name.startswith(TRIAL_PREFIX) for name in children):
         return
     try:
         found = json.loads((run / CONFIG_FILE).read_text())

@@ -13,15 +13,16 @@ def check(config: CheckConfig) -> int:
     # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
     from plates import cluster
     from plates.dataset import load_dataset
+    from plates.features import cache_root
     from plates.preflight import probe_nodes
     from plates.report import align_columns
     from plates.storage import place_of
 
-    run = place_of("--out", config.out or "check")
+    run = place_of("--out", config.out or ".")
     dataset = load_dataset(config.data, seed=0)
     plan = cluster.plan_job(config.num_workers, config.device)
     print(plan.line, flush=True)
-    probes = probe_nodes(plan, dataset, run)
+    probes = probe_nodes(plan, dataset, run, cache_root())
     shown = ("python", "ray", "torch", "plates")
     rows = [["node", "device", "/dev/shm GiB", *shown, "problems"]]
     for probe in probes:

@@ -13,6 +13,7 @@ def train(config: TrainConfig) -> int:
     from plates import cluster, rundir
     from plates.checkpoint import Bundle, save_bundle
     from plates.dataset import check_dataset, load_dataset
+    from plates.features import cache_root
     from plates.metrics import score
     from plates.model import preprocessing_of, resolve_weights
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
@@ -29,7 +30,7 @@ def train(config: TrainConfig) -> int:
     with phases.measure("data"):
         dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
-    check_nodes(plan, dataset, run)
+    check_nodes(plan, dataset, run, cache_root() if config.trainable == "head" else None)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
     task = make_task(config, dataset, digests, weights, preprocessing, run)

@@ -11,6 +11,7 @@ def tune(config: TuneConfig) -> int:
     from plates import cluster, rundir
     from plates.checkpoint import Bundle, save_bundle
     from plates.dataset import check_dataset, load_dataset, merge_labelled
+    from plates.features import cache_root
     from plates.model import preprocessing_of, resolve_weights
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
     from plates.preflight import check_nodes
@@ -30,7 +31,7 @@ def tune(config: TuneConfig) -> int:
         dataset = merge_labelled(dataset)
     folds = make_folds(dataset.train, config)
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
-    check_nodes(plan, dataset, run)
+    check_nodes(plan, dataset, run, cache_root() if config.trainable == "head" else None)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
     task = make_task(config, dataset, digests, weights, preprocessing, run)

@@ -20,7 +20,10 @@ from test_features import run_beside
 from test_train import CONFIG, assert_same
 
 from plates import storage
-from plates.rundir import write_whole
+from plates.cluster import Plan
+from plates.dataset import load_dataset
+from plates.preflight import probe_nodes
+from plates.rundir import find_run, write_whole
 from plates.storage import UriPath, place_of
 from ray_jobs import predict, train, tune
 
@@ -187,3 +190,11 @@ def test_options_of_a_connection_stay_with_its_places(bucket, monkeypatch):
 def test_the_home_of_nobody_is_said(capsys):
     assert train.main(["--data", "~no-such-user-here/photos", "--num-workers", "0"]) == 2
     assert "--data ~no-such-user-here/photos: " in capsys.readouterr().err
+
+
+def test_a_preflight_in_s3_leaves_no_file(bucket):
+    run, cache = UriPath(f"{bucket}/preflight/run"), UriPath(f"{bucket}/preflight/cache")
+    (probe,) = probe_nodes(Plan(0, "cpu", 1, "test"), load_dataset("synthetic:8", 0), run, cache)
+    assert probe.problems == ()
+    assert list(walk(UriPath(f"{bucket}/preflight"))) == []
+    assert find_run(str(run), "train", CONFIG) == run

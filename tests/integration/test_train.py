@@ -167,6 +167,11 @@ def test_unreadable_images_end_with_their_exit_codes(folder, tmp_path, capsys):
     assert skipped["path"].tolist() == ["train/dirty/1.png", "test/broken.jpg"]
     assert "test/broken.jpg" in capsys.readouterr().err
     assert len(pd.read_csv(tmp_path / "run" / "predictions.csv")) == 7
+    for name, flags in (("with", ["--skip-unreadable"]), ("without", [])):  # it is a test split: always gone on with
+        out, checkpoint = tmp_path / name, str(tmp_path / "run" / "checkpoint")
+        assert predict_job.main(["--checkpoint", checkpoint, "--data", str(folder), "--out", str(out), *flags]) == 3
+        assert pd.read_csv(out / "skipped.csv")["path"].tolist() == ["test/broken.jpg"]
+        assert len(pd.read_csv(out / "predictions.csv")) == 7
 
 
 def test_without_a_test_split_nothing_is_predicted(folder, tmp_path, capsys):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -45,14 +46,15 @@ def test_a_sweep_cut_off_while_predicting_keeps_its_trials_unless_labels_changed
     def cut_off(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def stored() -> dict[str, str]:  # with time and process, so that what is computed again is other text
-        return {str(file): file.read_text() for file in run.glob(".ray_tune/*/*/result.json")}
+    def stored() -> dict[str, Any]:  # with time and process, so that what is computed again is other text
+        texts = {str(file): file.read_text() for file in run.glob(".ray_tune/*/*/result.json")}
+        return texts | {"figures": json.loads((run / "checkpoint" / "model.json").read_text())["metrics"]}
 
     with monkeypatch.context() as broken:
         broken.setattr("plates.predict.predict", cut_off)
         assert tune_job.main([*flags, str(run)]) == 1
         before = stored()
-        assert len(before) == 4
+        assert len(before) == 4 + 1
         assert tune_job.main([*flags, str(run)]) == 1
     assert stored() == before
     for name in ("cleaned/1.jpg", "cleaned/3.jpg", "cleaned/5.jpg", "dirty/0.png", "dirty/2.png", "dirty/4.png"):
@@ -108,6 +110,7 @@ def test_a_trial_that_trains_the_trunk_is_a_run_of_its_own_on_all_cpus(tmp_path,
     assert tune_job.main([*flags, "--folds", "2", "--num-trials", "1", "--num-workers", "1", "--out", str(run)]) == 0
     trials = pd.read_csv(run / "trials.csv")
     assert trials["num_folds"].tolist() == [2]
+    assert not list(run.glob(".*"))
     assert list((run / "tensorboard").glob("*/events.out.tfevents*"))
     assert len(pd.read_csv(run / "predictions.csv")) == 12
     assert "nested cross-validation was not run" in (run / "report.html").read_text()

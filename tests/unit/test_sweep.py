@@ -16,6 +16,7 @@ from plates.model import Weights
 from plates.sweep import draw_schedules, training_trials
 from plates.sweep.head_trials import HeadSweep, score_schedule
 from plates.sweep.scores import make_folds, paired_difference, summarize, tabulate_trials
+from plates.sweep.tuner import state_of
 from plates.train_loop.task import Task, Trained, task_key
 from plates.transforms import Preprocessing
 
@@ -248,6 +249,20 @@ def test_the_state_of_a_sweep_is_that_of_the_same_images_labels_weights_and_sett
         replace(CONFIG, device="cpu"),
     ):
         assert task_key(replace(task, config=config)) == key
+
+
+def test_state_of_other_images_is_removed_and_that_of_the_same_is_kept(tmp_path, capsys):
+    task = make_task(tmp_path)
+    state = state_of(task)
+    state.mkdir(parents=True)
+    (state / "tuner.pkl").write_bytes(b"trials")
+    assert state_of(replace(task, config=replace(CONFIG, out=str(tmp_path)))) == state
+    assert (state / "tuner.pkl").exists()
+    assert capsys.readouterr().out == ""
+    other = state_of(replace(task, digests={**task.digests, "train/0.jpg": "other"}))
+    assert other != state
+    assert not state.exists()
+    assert "starting again" in capsys.readouterr().out
 
 
 def test_a_folds_state_is_gone_once_its_score_is_known_and_the_score_is_not_computed_again(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from plates.rundir import write_whole
 from plates.storage import Place, place_of, remove_tree
 from plates.transforms import Preprocessing, crop, draw_view, flip, move, normalize, resize
 
-FORMAT = 2  # of the stored features; a change of what is computed here changes it
+FORMAT = 3  # of the stored features; a change of what is computed here changes it
 VIEWS_PER_FORWARD = 32
 SECONDS_PER_PART = 10.0  # of computing that a worker may lose
 BYTES_PER_PART = 64 << 20  # of features that a worker holds

@@ -17,7 +17,8 @@ from torchcodec.decoders import decode_image
 ItemT = TypeVar("ItemT")
 LoadedT = TypeVar("LoadedT")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif"}
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # where Pillow refuses: 179 million, 0.5 GB as RGB; phones make 108
+# Where Pillow refuses: 179 million, 0.5 GB as RGB, up to 4 GB while an animated WebP is decoded; phones make 108.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
@@ -89,7 +90,7 @@ def what_is_missing(data: bytes) -> str | None:
     """What to install for a HEIC or AVIF image that could not be identified; None where nothing is missing."""
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
     if brand in HEIF_BRANDS and "HEIF" not in pillow_formats():
-        return "HEIC needs pillow-heif: pip install 'plates[heic]'"
+        return "HEIC needs pillow-heif: pip install pillow-heif"
     if brand in (b"avif", b"avis") and not features.check("avif"):
         return "AVIF needs a Pillow built with it: pip install --upgrade pillow"
     return None

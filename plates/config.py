@@ -39,7 +39,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise UserError("--data is empty: give synthetic, synthetic:N or a folder")
-        if self.data.startswith("synthetic") and self.data != "synthetic":
+        if is_drawn(self.data) and self.data != "synthetic":
             count = self.data.removeprefix("synthetic:")
             if not count.isdecimal() or int(count) < 4:
                 raise UserError(f"--data {self.data}: synthetic:N needs a whole number N of at least 4")
@@ -168,7 +168,7 @@ class BenchmarkConfig(ModelConfig, DataConfig):
         require("--repeats", self.repeats, self.repeats >= 1, "must be at least 1")
         for count in self.worker_counts:
             require("--worker-counts", count, count >= 1, "must be at least 1")
-        if self.scaling == "weak" and not self.data.startswith("synthetic"):
+        if self.scaling == "weak" and not is_drawn(self.data):
             raise UserError(f"--scaling weak: needs --data synthetic:N, whose size can grow, not {self.data}")
 
 
@@ -240,6 +240,11 @@ JOB_CONFIGS = {
     "check": CheckConfig,
 }
 JobConfig = PrepareConfig | TrainConfig | PredictConfig | BenchmarkConfig | CheckConfig
+
+
+def is_drawn(data: str) -> bool:
+    """Whether --data asks for drawings, and does not name a folder such as synthetic_plates."""
+    return data.partition(":")[0] == "synthetic"
 
 
 def require(flag: str, value: object, is_met: bool, rule: str) -> None:

@@ -1,22 +1,23 @@
 """Sources of images to splits of (path, label), and the reading of one image."""
 
 import hashlib
+import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png
 from tqdm import tqdm
 
 from plates import synthetic
-from plates.config import UserError
+from plates.config import UserError, is_drawn
+from plates.folders import find_images, find_root, listing, look_into, printable
 from plates.images import IMAGE_SUFFIXES, UnreadableImageError, decode
 from plates.shards import ShardSource, is_prepared, read_index
 from plates.storage import Place, place_of
@@ -72,6 +73,8 @@ class FolderSource:
         try:
             return (self.root / path).read_bytes()
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and "\\x" in path:  # as find_images shows it
+                raise UnreadableImageError("its name is not UTF-8; rename it") from error
             raise UnreadableImageError(error.strerror or str(error)) from error
 
 
@@ -84,7 +87,9 @@ class SyntheticSource:
         return torch.from_numpy(synthetic.draw_plate(self.seed, index, is_dirty)).permute(2, 0, 1)
 
     def read_bytes(self, path: str) -> bytes:
-        return encode_png(self.read(path)).numpy().tobytes()
+        buffer = io.BytesIO()
+        Image.fromarray(self.read(path).permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        return buffer.getvalue()
 
     def check(self, path: str) -> str:
         """A drawing follows from the drawing program, its libraries, the seed and the path; nothing is drawn here."""
@@ -114,71 +119,35 @@ def load_dataset(data: str, seed: int) -> Dataset:
 
     Raises: UserError naming the folder and what is missing in it.
     """
-    if data.startswith("synthetic"):
+    if is_drawn(data):
         num_labelled = int(data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC)
         return list_synthetic(num_labelled, seed)
     folder = place_of("--data", data)
-    return list_prepared(folder) if is_prepared(folder) else list_folder(find_root(folder, "train"))
+    with listing(data):
+        if is_prepared(folder):
+            return list_prepared(folder)
+        root = find_root(folder)
+        if root is None or not (root / "train").is_dir():
+            raise UserError(f"--data {folder}: holds no train/ folder; expected train/CLASS/*.jpg")
+        return list_folder(root)
 
 
 def load_test_split(data: str, seed: int) -> Dataset:
     """The test split alone, for a checkpoint: test/** of a data set, or every image of a plain folder."""
-    if data.startswith("synthetic"):
+    if is_drawn(data):
         return load_dataset(data, seed)
     folder = place_of("--data", data)
-    if is_prepared(folder):
-        return list_prepared(folder)
-    if holders_of(folder, "train"):
-        return list_folder(find_root(folder, "train"))
-    has_test = bool(holders_of(folder, "test"))
-    top = find_root(folder, "test") if has_test else folder
-    start = top / "test" if has_test else top
-    test = tuple(Sample(path) for path in find_images(start, top))
+    with listing(data):
+        if is_prepared(folder):
+            return list_prepared(folder)
+        root = find_root(folder)
+        if root and (root / "train").is_dir():
+            return list_folder(root)
+        top = root or folder
+        test = tuple(Sample(path) for path in find_images(top / "test" if root else top, top))
     if not test:
         raise UserError(f"--data {data}: holds no images to predict ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return Dataset(FolderSource(top), (), (), (), test)
-
-
-def find_root(folder: Place, name: str) -> Place:
-    """The folder that holds `name`/, looked for through wrapping folders."""
-    if not folder.is_dir():
-        problem = "is a file; give the folder that holds train/" if folder.exists() else "no such folder"
-        raise UserError(f"--data {folder}: {problem}")
-    holders = holders_of(folder, name)
-    if not holders:
-        raise UserError(f"--data {folder}: holds no {name}/ folder; expected {name}/CLASS/*.jpg")
-    if len(holders) > 1:
-        raise UserError(f"--data {folder}: several folders hold {name}/ ({holders[0]}, {holders[1]}); name one")
-    return holders[0].absolute()
-
-
-def holders_of(folder: Place, name: str) -> list[Place]:
-    """Folders with a folder `name` in them, at the least depth (0 to 3) where there is one."""
-    level = [folder] if folder.is_dir() else []
-    for _ in range(4):
-        holders = [path for path in level if (path / name).is_dir()]
-        if holders:
-            return holders
-        level = [child for path in level for child in visible(path) if child.is_dir()]
-    return []
-
-
-def visible(folder: Place) -> list[Place]:
-    children = cast(Iterable[Any], folder.iterdir())
-    return sorted(child for child in children if not child.name.startswith(".") and child.name != "__MACOSX")
-
-
-def find_images(folder: Place, root: Place) -> list[str]:
-    """Paths of the images under `folder`, relative to `root`, with forward slashes, sorted."""
-    found: list[str] = []
-    pending = [folder] if folder.is_dir() else []
-    while pending:
-        for child in visible(pending.pop()):
-            if child.is_dir():
-                pending.append(child)
-            elif child.suffix.lower() in IMAGE_SUFFIXES:
-                found.append(cast(Any, child).relative_to(root).as_posix())
-    return sorted(found)
 
 
 def list_folder(root: Place) -> Dataset:
@@ -206,7 +175,11 @@ def list_folder(root: Place) -> Dataset:
 
 
 def images_by_class(root: Place, split: str) -> dict[str, list[str]]:
-    return {child.name: find_images(child, root) for child in visible(root / split) if child.is_dir()}
+    folders, _ = look_into(root / split)
+    for child in folders:
+        if printable(child.name) != child.name:
+            raise UserError(f"--data {root}: {split}/{printable(child.name)}: a class must have a name in UTF-8")
+    return {child.name: find_images(child, root) for child in folders}
 
 
 def split_every_sixth(by_class: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:

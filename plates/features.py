@@ -27,7 +27,7 @@ from plates.rundir import write_whole
 from plates.storage import Place, place_of
 from plates.transforms import Preprocessing, crop, draw_view, flip, move, normalize, resize
 
-LIBRARIES = ("torch", "torchvision", "timm", "pillow")  # whose code a feature follows from
+LIBRARIES = ("torch", "torchvision", "timm", "pillow", "torchcodec")  # whose code a feature follows from
 VIEWS_PER_FORWARD = 32
 
 

@@ -1,7 +1,8 @@
-"""Encoded images to pixels, ahead of the device: torchvision's decoder, and Pillow for what that refuses."""
+"""Encoded images to pixels, ahead of the device: torchcodec decodes JPEG and PNG, Pillow all else."""
 
 import functools
 import io
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,13 +10,16 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import AvifImagePlugin, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchcodec.decoders import decode_image
 
 ItemT = TypeVar("ItemT")
 LoadedT = TypeVar("LoadedT")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif"}
+# Where Pillow refuses: 179 million, 0.5 GB as RGB, up to 4 GB while an animated WebP is decoded; phones make 108.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
 class UnreadableImageError(OSError):
@@ -23,36 +27,73 @@ class UnreadableImageError(OSError):
 
 
 def decode(data: bytes) -> Tensor:
-    """Encoded image to (3, H, W) uint8 RGB, upright by its EXIF orientation.
+    """Encoded image to (3, H, W) uint8 RGB, upright by its EXIF orientation; of an animation the first frame.
 
-    torchvision's decoder reads JPEG, PNG, GIF and WebP; what it refuses (BMP, TIFF, 16-bit) goes to Pillow.
+    Pillow reads the header and refuses too many pixels. torchcodec decodes JPEG and PNG, 1.4 and 1.2 times as fast as
+    Pillow, to the same pixels; it has all frames of an animation in memory at once, so the rest is Pillow's.
+
     Raises: UnreadableImageError.
     """
     if not data:
         raise UnreadableImageError("the file is empty")
     try:
-        image = decode_image(
-            torch.frombuffer(bytearray(data), dtype=torch.uint8),
-            ImageReadMode.RGB,
-            apply_exif_orientation=True,
-        )
-    except (RuntimeError, ValueError):
-        return decode_with_pillow(data)
-    if image.dim() == 4:  # an animated GIF: its first frame
-        image = image[0]
-    return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
-
-
-def decode_with_pillow(data: bytes) -> Tensor:
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-            array = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with Image.open(io.BytesIO(data), formats=pillow_formats()) as opened:
+            if opened.format not in ("JPEG", "MPO", "PNG"):  # MPO: a JPEG with more pictures behind it
+                return to_rgb(turn_upright(opened))
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), output_dtype="auto")
+        return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
+    except UnreadableImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"has more than {MAX_PIXELS:,} pixels") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(what_is_missing(data) or "not an image") from error
+    except Exception as error:  # parsers of damaged files raise what they like: struct.error, ZeroDivisionError, ...
         raise UnreadableImageError(f"not a readable image ({type(error).__name__})") from error
-    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a corrupt EXIF block; the pixels are well, and torchcodec takes them so, too
+        return image
+
+
+def to_rgb(image: Image.Image) -> Tensor:
+    """A Pillow image of any mode as (3, H, W) uint8. Raises: UnreadableImageError where its values have no scale."""
+    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 255):  # nor NaN
+            raise UnreadableImageError("its floating-point values are neither 0 to 1 nor 0 to 255")
+        image = Image.fromarray((values * (255 if values.max() <= 1 else 1)).round().astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+@functools.cache
+def pillow_formats() -> tuple[str, ...]:
+    """The formats that a file may have, whatever its name says: not Pillow's EPS, for one, which runs Ghostscript."""
+    warnings.filterwarnings("ignore", module="PIL")  # of odd metadata in files that can be read
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # not as many as cores for each of the images that threads decode here
+    known = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP")
+    try:
+        import pillow_heif
+    except ImportError:
+        return known
+    pillow_heif.register_heif_opener(decode_threads=1)
+    return (*known, "HEIF")
+
+
+def what_is_missing(data: bytes) -> str | None:
+    """What to install for a HEIC or AVIF image that could not be identified; None where nothing is missing."""
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in HEIF_BRANDS and "HEIF" not in pillow_formats():
+        return "HEIC needs pillow-heif: pip install pillow-heif"
+    if brand in (b"avif", b"avis") and not features.check("avif"):
+        return "AVIF needs a Pillow built with it: pip install --upgrade pillow"
+    return None
 
 
 def prefetch(

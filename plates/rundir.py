@@ -161,7 +161,7 @@ def update_config(run: Place, **changes: Any) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
-    packages = ("plates", "torch", "torchvision", "ray", "timm", "numpy")
+    packages = ("plates", "torch", "torchvision", "torchcodec", "pillow", "ray", "timm", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torchvision.io import ImageReadMode, decode_image
 
 from plates.features import VIEWS_PER_FORWARD
+from plates.images import decode
 from plates.model import build_trunk, fast_trunk, resolve_precision
 
 NUM_FORWARDS = {"train_100_views": 100 * 32 + 8, "train_20_views": 20 * 32 + 8}
@@ -74,9 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     photos = arguments.photos.resolve()
     first = next((photos / "test").iterdir())
-    decode_image(
-        str(first), ImageReadMode.RGB
-    )  # fails here, not after minutes, where PHOTOS is not what it should be
+    decode(first.read_bytes())  # fails here, not after minutes, where PHOTOS is not what it should be
     measured: dict[str, list[float]] = {}
     for repeat in range(arguments.repeats):
         parts = {

@@ -1,20 +1,19 @@
-import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import write_picture
-from PIL import Image
 
-from plates.config import UserError
-from plates.dataset import Sample, check_dataset, image_ids, load_dataset, load_test_split
-from plates.images import UnreadableImageError, decode, prefetch
-
-
-def encode(image: Image.Image, suffix: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, suffix, **options)
-    return buffer.getvalue()
+from plates.config import DataConfig, UserError
+from plates.dataset import Sample, check_dataset, check_samples, image_ids, load_dataset, load_test_split
+from plates.rundir import write_csv
 
 
 def test_every_sixth_image_of_each_class_is_held_out(folder):
@@ -99,56 +98,108 @@ def test_a_plain_folder_can_be_predicted(folder):
     assert len(load_test_split(str(folder), 0).test) == 7
 
 
-RED = Image.new("RGB", (6, 4), (200, 30, 40))
+def test_split_names_deep_in_a_plain_folder_are_names_like_others(tmp_path):
+    for path in ("a.jpg", "holidays/test/b.jpg", "holidays/c.jpg", "work/train/d.jpg", "work/train/new/e.jpg"):
+        write_picture(tmp_path / path, 1)
+    found = [sample.path for sample in load_test_split(str(tmp_path), 0).test]
+    assert found == ["a.jpg", "holidays/c.jpg", "holidays/test/b.jpg", "work/train/d.jpg", "work/train/new/e.jpg"]
+    write_picture(tmp_path / "trip" / "test" / "train" / "f.jpg", 1)
+    assert [s.path for s in load_test_split(str(tmp_path / "trip"), 0).test] == ["test/train/f.jpg"]
 
 
 @pytest.mark.parametrize(
-    ("image", "suffix", "expected"),
-    [
-        (RED, "PNG", (200, 30, 40)),
-        (RED, "BMP", (200, 30, 40)),
-        (RED, "TIFF", (200, 30, 40)),
-        (RED.convert("P"), "PNG", (204, 51, 51)),
-        (RED.convert("P"), "GIF", (204, 51, 51)),
-        (Image.new("L", (6, 4), 77), "PNG", (77, 77, 77)),
-        (Image.new("LA", (6, 4), (77, 10)), "PNG", (77, 77, 77)),
-        (Image.new("RGBA", (6, 4), (1, 2, 3, 0)), "PNG", (1, 2, 3)),
-        (Image.fromarray(np.full((4, 6), 40_000, np.uint16)), "PNG", (156, 156, 156)),
-        (Image.fromarray(np.full((4, 6), 40_000, np.uint16)), "TIFF", (156, 156, 156)),
-        (Image.new("1", (6, 4), 1), "PNG", (255, 255, 255)),
-    ],
+    "beside", ["notes.csv", "__MACOSX/train/x/a.jpg", ".cache/train/x/a.jpg", "lost+found/a.jpg"]
 )
-def test_every_kind_of_image_becomes_8_bit_rgb(image, suffix, expected):
-    decoded = decode(encode(image, suffix))
-    assert decoded.dtype == torch.uint8
-    assert decoded.shape == (3, 4, 6)
-    assert (decoded[:, 1, 2].int() - torch.tensor(expected)).abs().max() <= 1
+def test_what_lies_beside_a_wrapping_folder_is_not_looked_at(folder, beside):
+    (folder.parent / "disk" / "wrapper").mkdir(parents=True)
+    wrapped = folder.rename(folder.parent / "disk" / "wrapper" / "data")
+    write = write_picture if beside.endswith("jpg") else lambda path, _: path.write_text("id,label")
+    write(folder.parent / "disk" / beside, 1)
+    assert len(load_dataset(str(folder.parent / "disk"), 0).train) == 13
+    assert len(load_test_split(str(folder.parent / "disk"), 0).test) == 7
+    for name in ("train", "test"):
+        (wrapped / name).rename(wrapped / f"other-{name}")
+    with pytest.raises(UserError, match="holds no train/ folder"):
+        load_dataset(str(folder.parent / "disk"), 0)
 
 
-def test_cmyk_jpeg_looks_as_pillow_shows_it():
-    image = Image.new("CMYK", (16, 16), (20, 200, 180, 30))
-    data = encode(image, "JPEG", quality=95)
-    with Image.open(io.BytesIO(data)) as opened:
-        expected = np.array(opened.convert("RGB")).astype(int)
-    assert np.abs(decode(data).permute(1, 2, 0).numpy() - expected).max() <= 3
+def test_links_are_followed_but_not_in_circles(folder):
+    listed = load_dataset(str(folder), 0)
+    for link, target in {
+        "train/dirty/loop": "..",
+        "train/everything": "..",
+        "train/cleaned/self": ".",
+        "test/up": "../..",
+        "test/one/other": "../two",
+        "test/two/one": "../one",
+    }.items():
+        (folder / link).parent.mkdir(exist_ok=True)
+        (folder / link).symlink_to(target)
+    assert load_dataset(str(folder), 0) == listed
+    assert load_test_split(str(folder / "test"), 0).test == tuple(Sample(f"{i}.jpg") for i in range(7))
+    for name, place in {"train/dirty/more": "more", "train/rare": "rare", "test/more": "more"}.items():
+        write_picture(folder.parent / place / "a.jpg", 1)
+        write_picture(folder.parent / place / "b.jpg", 2)
+        (folder / name).symlink_to(folder.parent / place)
+    grown = load_dataset(str(folder), 0)
+    assert grown.classes == ("cleaned", "dirty", "rare")
+    assert len(grown.train) + len(grown.val) == 17 + 4
+    assert [s.path for s in grown.test[-2:]] == ["test/more/a.jpg", "test/more/b.jpg"]
 
 
-@pytest.mark.parametrize("suffix", ["JPEG", "PNG", "TIFF"])
-def test_exif_orientation_is_applied(suffix):
-    image = Image.new("RGB", (40, 20))
-    image.paste((255, 255, 255), (0, 0, 20, 20))  # white left half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: the left half comes to the top
-    upright = decode(encode(image, suffix, exif=exif))
-    assert upright.shape == (3, 40, 20)
-    assert upright[:, :15].min() > 200
-    assert upright[:, 25:].max() < 50
+def test_a_folder_whose_name_begins_as_the_drawings_is_a_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    for name in ("synthetic_plates", "synthetic2"):
+        folder = folder.rename(name)
+        assert len(load_dataset(DataConfig(data=name).data, 0).train) == 13
+        assert len(load_test_split(name, 0).test) == 7
 
 
-@pytest.mark.parametrize("data", [b"", b"a text named .jpg", encode(RED, "JPEG")[:200], encode(RED, "PNG")[:50]])
-def test_damaged_files_are_unreadable(data):
-    with pytest.raises(UnreadableImageError):
-        decode(data)
+def test_a_name_that_is_not_utf8_is_listed_as_unreadable(folder):
+    Path(os.fsdecode(bytes(folder / "test") + b"/caf\xe9.jpg")).write_bytes((folder / "test" / "0.jpg").read_bytes())
+    (folder / "train" / "dirty" / "1.png").rename(os.fsdecode(bytes(folder / "train" / "dirty") + b"/\xff\xfe.png"))
+    (folder / "train" / "dirty" / "2.png").rename(folder / "train" / "dirty" / r"a\x41.png")
+    dataset = load_dataset(str(folder), 0)
+    reason = "its name is not UTF-8; rename it"
+    _, skipped, digests = check_dataset(dataset, skip_unreadable=True)
+    assert [(item.path, item.reason) for item in skipped] == [(r"train/dirty/\xff\xfe.png", reason)]
+    assert r"train/dirty/a\x41.png" in digests
+    unread = [item for item in check_samples(dataset.source, "test", dataset.test) if not isinstance(item, str)]
+    assert [(item.path, item.reason) for item in unread] == [(r"test/caf\xe9.jpg", reason)]
+    write_csv(folder / "skipped.csv", pd.DataFrame([asdict(item) for item in (*skipped, *unread)]))
+    (folder / "train" / "dirty").rename(os.fsdecode(bytes(folder / "train") + b"/dirt\xff"))
+    with pytest.raises(UserError, match=r"train/dirt\\xff: a class must have a name in UTF-8"):
+        load_dataset(str(folder), 0)
+
+
+@contextmanager
+def rights_of_nobody() -> Iterator[None]:
+    """Root may list everything."""
+    me = os.geteuid()
+    os.seteuid(65534 if me == 0 else me)
+    try:
+        yield
+    finally:
+        os.seteuid(me)
+
+
+def test_a_folder_that_may_not_be_listed_is_named_where_it_matters(folder):
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to other users
+        root = Path(place, "disk", "photos")
+        shutil.copytree(folder, root)
+        beside = [root.parent / "lost+found", root / "private", root / "train" / ".private"]
+        within, whole = root / "test" / "private", Path(place, "whole")
+        for one in (*beside, within, whole):
+            one.mkdir(mode=0)
+        Path(place).chmod(0o755)
+        with rights_of_nobody():
+            for load in (load_dataset, load_test_split):
+                for data, named in ((root, within), (whole, whole), (whole / "below", whole)):
+                    with pytest.raises(UserError, match=f"cannot be listed .*Permission denied: '{named}"):
+                        load(str(data), 0)
+        within.rmdir()
+        with rights_of_nobody():
+            assert len(load_dataset(str(root.parent), 0).train) == 13
 
 
 def test_ids_are_stems_unless_they_collide():
@@ -164,17 +215,3 @@ def test_drawings_are_a_function_of_the_seed():
     assert not torch.equal(one.source.read(path), load_dataset("synthetic:12", seed=4).source.read(path))
     assert set(one.true_test_labels) == {s.path for s in one.test}
     assert all(s.label is None for s in one.test)
-
-
-@pytest.mark.parametrize(("num_threads", "most_ahead"), [(1, 1), (2, 6)])
-def test_prefetch_keeps_order_and_stays_near(num_threads, most_ahead):
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        started = []
-        items = prefetch(lambda i: started.append(i) or i * i, range(100), 4, torch.device("cpu"))
-        assert next(items) == 0
-        assert len(started) <= most_ahead
-        assert list(items) == [i * i for i in range(1, 100)]
-    finally:
-        torch.set_num_threads(before)

@@ -88,7 +88,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     run, whole = tmp_path / "run", tmp_path / "whole"
     process = subprocess.Popen([*command, str(run)], env=environment, stderr=subprocess.PIPE, start_new_session=True)
     deadline_s = time.monotonic() + 120
-    while len(list(run.glob(".ray_tune/*/result.json"))) < 10:
+    while len(list(run.glob(".ray_tune/*/*/result.json"))) < 10:
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
         assert time.monotonic() < deadline_s
         time.sleep(0.05)

@@ -9,7 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from plates.rundir import write_whole
 from plates.storage import Place, place_of
 from plates.transforms import Preprocessing, crop, draw_view, flip, move, normalize, resize
 
-LIBRARIES = ("torch", "torchvision", "timm", "pillow", "torchcodec")  # whose code a feature follows from
+# Whose code a feature follows from; the last is an extra.
+LIBRARIES = ("torch", "torchvision", "timm", "pillow", "torchcodec", "pillow_heif")
 VIEWS_PER_FORWARD = 32
 
 
@@ -53,7 +54,7 @@ def features_key(
             hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
             for module in (images, transforms, model, sys.modules[__name__])
         ],
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": [[found.version for found in distributions(name=name)] for name in LIBRARIES],
         "images": [[(sample.path, digests[sample.path]) for sample in samples] for samples in splits],
         "weights": hash_weights(weights),
         "preprocessing": preprocessing.to_dict(),

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,9 +244,10 @@ def test_changed_code_is_never_served_stale(name, folder, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("package", ["torch", "torchvision", "timm", "pillow"])
 def test_another_version_of_a_library_is_never_served_stale(package, folder, monkeypatch):
-    config, version = replace(CONFIG, data=str(folder)), features.version
+    config, found = replace(CONFIG, data=str(folder)), features.distributions
+    other = SimpleNamespace(version="0.0")
     before = key_of(config)
-    monkeypatch.setattr(features, "version", lambda name: "0.0" if name == package else version(name))
+    monkeypatch.setattr(features, "distributions", lambda name: [other] if name == package else found(name=name))
     assert key_of(config) != before
 
 

@@ -120,6 +120,7 @@ def test_ctrl_c_at_a_terminal_asks_and_does_what_is_answered(cluster, tmp_path):
             assert asked, "the client ended without a question"
         assert following.poll() is None
         os.write(terminal, answer)
+        time.sleep(2)  # else the next Ctrl-C is an answer to this question
     message = following.communicate(timeout=60)[1]
     assert following.returncode == 1, message
     assert "STOPPED" in message

@@ -80,11 +80,11 @@ def test_preflight_names_the_node_and_what_it_cannot_do(other_machine, folder, t
     flags = ["--data", str(folder), "--out", str(tmp_path / "run"), "--num-workers", "2"]
     assert check.main(flags) == 2
     *_, bad = sorted(capsys.readouterr().out.splitlines(), key=len)
-    assert "cannot read train/cleaned/0.jpg of --data" in bad
+    assert "cannot read train/cleaned/1.jpg of --data" in bad
     assert f"has torch 0.0.1, the driver {preflight.versions()['torch']}" in bad
     assert train.main([*SMALL, *flags]) == 2
     said = capsys.readouterr().err
-    assert said.count("cannot read train/cleaned/0.jpg") == 1
+    assert said.count("cannot read train/cleaned/1.jpg") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from plates.cluster import Plan, is_in_cluster, this_node
 from plates.config import UserError
 from plates.dataset import Dataset, Source, UnreadableImageError
+from plates.device import best_precision, devices_here
 from plates.rundir import TRIAL_PREFIX, versions
 from plates.storage import Place, remove_tree
 
@@ -33,8 +34,10 @@ class Probe:
     problems: tuple[str, ...]
 
 
-def check_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = None) -> None:
+def check_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = None) -> list[str]:
     """Tries every node that may get a worker, and the cache where it is needed also on this machine alone.
+
+    Returns: the best precision of each device.
 
     Raises: UserError naming a node and what it cannot do.
     """
@@ -44,6 +47,7 @@ def check_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = 
                 raise UserError(f"node {probe.node}: {'; '.join(probe.problems)}")
     elif problems := try_cache(cache):
         raise UserError(problems[0])
+    return [best_precision(device) for device in devices_here(plan.device)]
 
 
 def probe_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = None) -> list[Probe]:

@@ -23,12 +23,18 @@ class Worker:
     world_size: int
     device: torch.device
     is_ray: bool
+    num_threads: int
 
 
 def shard(items: Sequence[ItemT], worker: Worker) -> list[ItemT]:
     """This worker's share: runs of neighbours dealt in turn, to read whole row groups of a large data set."""
     run = min(MAX_RUN, max(1, len(items) // (RUNS_PER_WORKER * worker.world_size)))
     return [item for place, item in enumerate(items) if place // run % worker.world_size == worker.rank]
+
+
+def batch_share(items: Sequence[ItemT], worker: Worker) -> Sequence[ItemT]:
+    """This worker's share of one global batch."""
+    return items[worker.rank :: worker.world_size]
 
 
 def interleave(shards: Sequence[Tensor], worker: Worker) -> Tensor:

@@ -43,8 +43,10 @@ def keep_freed_memory() -> None:
 
 
 def best_precision(device: torch.device) -> str:
-    """The lowest precision that the device multiplies in hardware and that keeps a ResNet's predictions: bf16 on a CPU
-    with AVX-512 BF16 or AMX and on CUDA from compute capability 8.0; else fp32 on CPUs and fp16 on CUDA."""
+    """The lowest precision that the device multiplies in hardware and that keeps a ResNet's predictions.
+
+    bf16 on a CPU with AVX-512 BF16 or AMX and on CUDA from compute capability 8.0; else fp32 on CPUs, fp16 on CUDA.
+    """
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
@@ -52,9 +54,7 @@ def best_precision(device: torch.device) -> str:
 
 def devices_here(kind: str) -> list[torch.device]:
     """Every device of a kind (cpu, cuda) of this machine."""
-    return (
-        [torch.device(kind, i) for i in range(torch.cuda.device_count())] if kind == "cuda" else [torch.device(kind)]
-    )
+    return [torch.device(kind, index) for index in range(torch.cuda.device_count() if kind == "cuda" else 1)]
 
 
 def decide_precision(asked: str, backbone: str, device: str, best: Sequence[str]) -> str:

@@ -46,17 +46,15 @@ class Heads:
 def epoch_order(seed: int, epoch: int, groups: Tensor) -> Tensor:
     """The order of the N training images in an epoch, (N,) int64: a function of seed, epoch and groups alone.
 
-    groups: (N,) int64, the number of the group that an image is read with, as row groups of shards are. The groups are
-        shuffled, and then the images of 8 groups at a time, so that an epoch reads each group about once. Images of
-        one group, as all of a folder's are, are shuffled as a whole.
+    groups: (N,) int64, the number of the group that an image is read with, as row groups of shards are. The groups
+        are shuffled, and then the images of 8 groups at a time, so that an epoch reads each group about once. Images
+        of up to 8 groups (all of a folder's are one) are shuffled as a whole.
     """
     generator = torch.Generator().manual_seed((seed << 24) + epoch)
+    order = torch.randperm(len(groups), generator=generator)
     present, numbers = groups.unique(return_inverse=True)
-    if len(present) <= 1:
-        return torch.randperm(len(groups), generator=generator)
     windows = torch.randperm(len(present), generator=generator)[numbers] // GROUPS_PER_WINDOW
-    shuffled = torch.randperm(len(groups), generator=generator)
-    return shuffled[windows[shuffled].argsort(stable=True)]
+    return order[windows[order].argsort(stable=True)]
 
 
 def fit_heads(
@@ -106,7 +104,7 @@ def fit_heads(
 
 
 def split_orders(orders: list[Tensor], global_batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """The steps of an epoch of H heads: indices (H, B), and their share of the mean (H, B), 0 where a head has none."""
+    """An epoch's steps of H heads: indices (H, B), and their shares in the mean (H, B), 0 where a head has none."""
     shape = (len(orders), max(map(len, orders)))
     indices, is_real = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     for row, order in enumerate(orders):

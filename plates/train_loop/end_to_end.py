@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from plates import metrics
 from plates.dataset import Sample, Source, row_groups
 from plates.device import DTYPES, move
-from plates.head import epoch_order
+from plates.head import FIGURES, epoch_order
 from plates.images import prefetch
 from plates.model import Classifier, set_trainable
 from plates.timing import Phases
@@ -86,8 +86,8 @@ def train_epochs(
 ) -> tuple[SavedState, int]:
     """Adam and StepLR over all epochs, end to end; the weights stay in fp32, whatever precision the passes run in.
 
-    In fp16 the loss is scaled, so that small gradients do not vanish. Where the scaled ones overflow on any worker they
-    do on all, once they are summed: no worker takes that step, and the scale is halved.
+    In fp16 the loss is scaled, so that small gradients do not vanish. Where the scaled ones overflow on any worker
+    they do on all, once they are summed: no worker takes that step, and the scale is halved.
 
     Returns: the state after the last epoch, with one history row an epoch, the same on every worker; how many
         training images this worker computed.
@@ -123,12 +123,9 @@ def train_epochs(
         scheduler.step()
         val_logits = evaluate(task, worker, model, cache)
         val_labels = move(labels_of(shard(dataset.val, worker)), worker.device)
-        figures = [
-            metrics.divide(all_reduce_sum(found)) for found in (sums, metrics.batch_sums(val_logits, val_labels))
-        ]
-        names = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
-        row = {"epoch": epoch, "lr": lr, **dict(zip(names, chain(*figures), strict=True))}
-        state.add_epoch(row, num_skipped)
+        val_sums = metrics.batch_sums(val_logits, val_labels)
+        figures = chain(*(metrics.divide(all_reduce_sum(found)) for found in (sums, val_sums)))
+        state.add_epoch({"epoch": epoch, **dict(zip(FIGURES, (lr, *figures), strict=True))}, num_skipped)
         if worker.rank == 0:
             state.save(is_last=epoch == config.epochs - 1)
     return state, num_images
@@ -149,9 +146,8 @@ def train_batches(
         view = draw_view(config.seed, view_index, path, *image.shape[1:])
         return make_views(image, [view], config.image_size), view
 
-    batches = [
-        order[start : start + config.global_batch_size] for start in range(0, len(order), config.global_batch_size)
-    ]
+    size = config.global_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     shares = [batch_share(whole, worker) for whole in batches]
     loaded = prefetch(load, chain(*shares), num_ahead=2 * len(shares[0]), device=worker.device)
     for whole, mine in zip(batches, shares, strict=True):

@@ -17,7 +17,7 @@ TOLD = "told"  # the JSON beside the tensors, as bytes
 
 
 class SavedState:
-    """Parameters, Adam's moments, the schedule, the loss scale and the history after an epoch, in one safetensors file.
+    """Parameters, Adam's moments, the schedule, the loss scale and the history after an epoch, in one file.
 
     It is taken up only by a task of the same key.
     """

@@ -63,6 +63,22 @@ def test_one_head_is_the_case_of_one():
     assert torch.allclose(alone.weight[0], beside.weight[1], atol=1e-6)
 
 
+def test_an_epoch_goes_through_eight_row_groups_at_a_time():
+    groups = torch.arange(200) // 10
+    orders = [epoch_order(0, epoch, groups) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(200))
+        seen = [set(groups[order[start : start + 80]].tolist()) for start in (0, 80, 160)]
+        assert [len(window) for window in seen] == [8, 8, 4]
+        assert groups[order[:80]].tolist() != sorted(groups[order[:80]].tolist())
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+    assert len({tuple(groups[order[:80]].unique().tolist()) for order in orders}) == 3
+
+
+def test_few_row_groups_are_shuffled_as_a_folder_is():
+    assert torch.equal(epoch_order(1, 2, torch.arange(40) // 5), epoch_order(1, 2, torch.zeros(40)))
+
+
 def test_evaluation_scores_every_epoch():
     features, labels, initial = data()
     one = HeadSettings(lr=1e-2, step_size=4, gamma=0.5, indices=range(N))

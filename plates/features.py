@@ -156,14 +156,14 @@ class FrozenTrunk:
 
 
 def compute_views(
-    trunk: FrozenTrunk, source: Source, samples: Sequence[Sample], seed: int, num_views: int
+    trunk: FrozenTrunk, source: Source, samples: Iterable[Sample], seed: int, num_views: int
 ) -> Iterator[Tensor]:
     """Yields (V, F) features on the CPU of V drawn views of each sample in turn."""
 
     def draw(path: str, height: int, width: int) -> list[View]:
         return [draw_view(seed, index, path, height, width) for index in range(num_views)]
 
-    paths = [sample.path for sample in samples]
+    paths = (sample.path for sample in samples)
     return forward_all(trunk, load_views(trunk, source, paths, draw, num_views))
 
 

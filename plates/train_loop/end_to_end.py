@@ -33,6 +33,9 @@ from plates.transforms import View, draw_view, make_views, to_input, whole_image
 
 EVAL_BATCH_SIZE_PER_WORKER = 64
 logger = logging.getLogger(__name__)
+LOSS_SCALE = (
+    1024.0  # at the start; with torch's 65536 drawn plates lost one of their first 5 steps, which matter most
+)
 IMAGE_CACHE_BYTES = 1 << 30  # decoded images that a worker keeps; what does not fit is decoded again each epoch
 
 
@@ -95,7 +98,7 @@ def train_epochs(
     config, dataset = task.config, task.dataset
     optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
-    scaler = torch.amp.GradScaler(worker.device.type, enabled=task.precision == "fp16")
+    scaler = torch.amp.GradScaler(worker.device.type, LOSS_SCALE, enabled=task.precision == "fp16")
     state = SavedState(task, parameters, optimizer, scheduler, scaler)
     state.restore(worker)
     groups, num_images = row_groups(dataset.source, dataset.train), 0

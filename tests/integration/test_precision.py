@@ -66,14 +66,13 @@ def loud(factor: float, folder: Path) -> str:
 
 @pytest.mark.parametrize("trainable", ["layer4", "all"])
 def test_steps_that_overflow_are_skipped_by_all_workers_together(trainable, tmp_path, local_ray):
-    config = replace(CONFIG, data="synthetic:20", trainable=trainable, precision="fp16", lr=1e-5, epochs=3)
-    config = replace(config, weights=loud(30, tmp_path))
+    config = replace(CONFIG, data="synthetic:20", trainable=trainable, precision="fp16", lr=1e-6, epochs=3)
+    config = replace(config, weights=loud(3000, tmp_path))
     here, on_ray = (train_on(count, config, tmp_path / str(count)) for count in (0, 2))
     assert 1 <= here.num_skipped_steps == on_ray.num_skipped_steps <= 3
-    assert torch.allclose(losses_of(here), losses_of(on_ray), atol=0.05)
     in_fp32 = train_on(0, replace(config, precision="fp32"), tmp_path / "fp32")
-    assert here.history[0]["train/loss"] == pytest.approx(in_fp32.history[0]["train/loss"], abs=0.05)
-    assert here.history[-1]["train/loss"] < here.history[0]["train/loss"]
+    assert torch.allclose(losses_of(here), losses_of(on_ray), rtol=0.02)
+    assert torch.allclose(losses_of(here), losses_of(in_fp32), rtol=0.05)
 
 
 def test_a_skipped_step_is_no_step_and_its_images_count(tmp_path, caplog):

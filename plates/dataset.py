@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+import joblib
 import numpy as np
 import torch
 from PIL import Image
@@ -249,7 +250,8 @@ def check_samples(source: Source, split: str, samples: Sequence[Sample]) -> Iter
         except UnreadableImageError as error:
             return Skipped(sample.path, split, str(error))
 
-    with ThreadPoolExecutor() as pool:
+    # As many as by default, which counts a host's CPUs where its container has a share of them.
+    with ThreadPoolExecutor(min(32, joblib.cpu_count() + 4)) as pool:
         yield from pool.map(check, samples)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from plates.config import UserError
+from plates.storage import place_of
 from plates.transforms import Preprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's presets
@@ -138,8 +139,8 @@ def lite0_weights(reason: str) -> Weights:
 
 def load_weights_file(weights: str, backbone: str) -> dict[str, Tensor]:
     """The trunk's tensors from a .pth or .safetensors file. Raises: UserError."""
-    path = Path(weights)
-    if not path.is_file():
+    path = place_of("--weights", weights)
+    if not isinstance(path, Path) or not path.is_file():
         raise UserError(f"--weights {weights}: no such file; give imagenet, none or a .pth or .safetensors file")
     try:
         state = read_tensors(path)

@@ -25,6 +25,7 @@ from plates.images import prefetch
 from plates.model import fast_trunk, hash_weights
 from plates.rundir import write_whole
 from plates.storage import Place, place_of
+from plates.timing import Pace
 from plates.transforms import Preprocessing, crop, draw_view, flip, move, normalize, resize
 
 # Whose code a feature follows from; the last is an extra.
@@ -141,12 +142,18 @@ class FrozenTrunk:
     """The trunk as fast as the device runs it; views of images in, float32 features out."""
 
     def __init__(
-        self, trunk: nn.Module, preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype
+        self,
+        trunk: nn.Module,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        dtype: torch.dtype,
+        pace: Pace | None = None,
     ) -> None:
         self.module = fast_trunk(trunk, device, dtype)
         self.preprocessing = preprocessing
         self.device = device
         self.dtype = dtype
+        self.pace = pace or Pace()
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor, is_flipped: Tensor | None = None) -> Tensor:
@@ -197,6 +204,7 @@ def forward_all(trunk: FrozenTrunk, loaded: Iterator[tuple[Tensor, Tensor]]) -> 
     def forward(num_views: int) -> None:
         whole, is_flipped = torch.cat(pictures), torch.cat(flips)
         rows.append(trunk(whole[:num_views], is_flipped[:num_views]).cpu())
+        trunk.pace.count(len(rows[-1]))
         pictures[:], flips[:] = [whole[num_views:]], [is_flipped[num_views:]]
 
     def finished() -> Iterator[Tensor]:

@@ -96,11 +96,13 @@ def train_epochs(
             optimizer.step()
             sums += metrics.batch_sums(logits, labels)
             num_images += len(labels)
+            worker.pace.num_images += len(labels)
         scheduler.step()
         val_logits = evaluate(model, dataset.val, cache, task.preprocessing, worker, dtype)
         val_sums = metrics.batch_sums(val_logits, labels_of(shard(dataset.val, worker))).to(worker.device)
         train_loss, train_accuracy = metrics.divide(all_reduce_sum(sums))
         val_loss, val_accuracy = metrics.divide(all_reduce_sum(val_sums))
+        worker.pace.count(len(val_logits))
         history.append(
             {
                 "epoch": epoch,

@@ -1,6 +1,7 @@
 """The benchmark's section: two tables, three plots, and the model of the scaling."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def show_benchmark(run: Place) -> dict[str, Any] | None:
         return None
     found = json.loads((run / "benchmark.json").read_text())
     done = [row for row in found["rows"] if "reason" not in row]
-    seconds, rates = tabulate_seconds(found["rows"]), tabulate_rates(found["rows"])
+    seconds, rates = map(break_cells, (tabulate_seconds(found["rows"]), tabulate_rates(found["rows"])))
     return {
         "name": "benchmark",
         "num_repeats": found["repeats"],
@@ -47,6 +48,12 @@ def show_benchmark(run: Place) -> dict[str, Any] | None:
         "plots": [draw_phases(done), draw_speedup(done), draw_rates(done)] if done else [],
         "model": say_model(found["model"]),
     }
+
+
+def break_cells(table: list[list[str]]) -> list[list[str]]:
+    """Cells of two lines where they hold a range or a remark, so that the page is wide enough."""
+    cut = re.compile(r" (?=\(\d|after|batch|worker$|accuracy)")
+    return [[row[0], *(cut.sub("\n", cell) for cell in row[1:])] for row in table]
 
 
 def tabulate(header: list[str], rows: list[dict[str, Any]], cells_of: Callable[..., list[str]]) -> list[list[str]]:

@@ -85,7 +85,7 @@ def shared_features(task: Task, worker: Worker, model: Classifier) -> tuple[Feat
     stored = load_features(path, *shape) if worker.rank == 0 else None
     if broadcast(stored is not None):
         return stored, True
-    trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, task.precision)
+    trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, task.precision, worker.pace)
     with closing(Parts(task.cache_root / "features", key)) as parts:
         is_continued = compute_parts(task, worker, trunk, parts)
         for _ in range(MAX_TRIES):

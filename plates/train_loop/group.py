@@ -1,7 +1,7 @@
 """The group of workers: who one is, its share, and what all of them add up or hand to rank 0."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plates.dataset import Sample
+from plates.timing import Pace
 
 ItemT = TypeVar("ItemT")
 MAX_RUN, RUNS_PER_WORKER = 64, 32  # the shares differ by one run at most: 3% of the work
@@ -24,6 +25,7 @@ class Worker:
     device: torch.device
     is_ray: bool
     num_threads: int
+    pace: Pace = field(default_factory=Pace)
 
 
 def shard(items: Sequence[ItemT], worker: Worker) -> list[ItemT]:

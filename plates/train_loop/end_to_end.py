@@ -14,7 +14,17 @@ from plates.head import epoch_order
 from plates.images import prefetch
 from plates.model import Classifier, set_trainable
 from plates.timing import Phases
-from plates.train_loop.group import Worker, all_reduce_sum, gather, interleave, labels_of, progress, shard
+from plates.train_loop.group import (
+    Worker,
+    all_reduce_sum,
+    batch_share,
+    gather,
+    interleave,
+    labels_of,
+    progress,
+    shard,
+    tell_left,
+)
 from plates.train_loop.resume import SavedState
 from plates.train_loop.task import Fitted, Task
 from plates.transforms import Preprocessing, draw_view, eval_batch, train_batch
@@ -83,6 +93,7 @@ def train_epochs(
     history, num_images = state.restore(worker), 0
     forward = DistributedDataParallel(model, forward_sync_buffers=False) if dist.is_initialized() else model
     epochs = range(len(history), config.epochs)
+    tell_left(task.run, len(epochs), worker)
     for epoch in progress(epochs, len(epochs), "training", "epoch", worker):
         lr = optimizer.param_groups[0]["lr"]
         sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
@@ -127,7 +138,7 @@ def train_batches(task: Task, worker: Worker, epoch: int, cache: ImageCache) -> 
 
     def load(start: int) -> tuple[Tensor, Tensor, int]:
         whole = order[start : start + config.global_batch_size]
-        mine = [samples[i] for i in whole[worker.rank :: worker.world_size]]
+        mine = [samples[i] for i in batch_share(whole, worker)]
         images = [cache.read(sample.path) for sample in mine]
         views = [
             draw_view(config.seed, view_index, sample.path, image.shape[1], image.shape[2])
@@ -148,7 +159,7 @@ def evaluate(
     worker: Worker,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(n, C) logits on the CPU of this worker's share of the samples: every world_size-th, by rank."""
+    """(n, C) logits on the CPU of this worker's share of the samples."""
     mine = shard(samples, worker)
     logits = [torch.zeros((0, model.head.out_features))]
     for start in range(0, len(mine), EVAL_BATCH_SIZE_PER_WORKER):

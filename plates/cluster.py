@@ -18,21 +18,36 @@ from plates.config import UserError, WorkerConfig
 
 FIRST_NODE_S = 20.0  # in which a cluster that has just started shows a node
 AUTOSCALER_ANSWERS_S = 10.0  # in which an autoscaler that can help has nodes on their way
+SECONDS_PER_TRY = 5  # in which Ray gives room that is free; it takes whole seconds
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a job runs: `num_workers` 0 is this process, without Ray."""
+    """Where a job runs: `num_workers` 0 is this process, without Ray.
+
+    Each worker reserves its CPUs and, if that is not None, one of `resource`, which need not be a GPU: another name,
+    with gloo and the CPU, rehearses a cluster of them. `uses_whole_nodes`: workers are spread over nodes of different
+    sizes, reserve no more than the smallest has, and share all that their node has.
+    """
 
     num_workers: int
     device: Literal["cpu", "cuda"]
     cpus_per_worker: int
     reason: str
     wait_for_nodes_s: float = WorkerConfig.wait_for_nodes_s
+    backend: Literal["nccl", "gloo"] = "gloo"
+    resource: str | None = None
+    uses_whole_nodes: bool = False
+
+    @classmethod
+    def on(cls, device: Literal["cpu", "cuda"], num_workers: int, cpus_per_worker: int, reason: str) -> "Plan":
+        """A plan with the backend and the resource of the device."""
+        plan = cls(num_workers, device, cpus_per_worker, reason)
+        return replace(plan, backend="nccl", resource="GPU") if device == "cuda" else plan
 
     @property
     def resources_per_worker(self) -> dict[str, float]:
-        return {"CPU": float(self.cpus_per_worker)} | ({"GPU": 1.0} if self.device == "cuda" else {})
+        return {"CPU": float(self.cpus_per_worker)} | ({self.resource: 1.0} if self.resource else {})
 
     @property
     def world_size(self) -> int:
@@ -42,8 +57,9 @@ class Plan:
     def line(self) -> str:
         if self.num_workers == 0:
             return f"runs in this process on {self.device} with {self.cpus_per_worker} CPU threads: {self.reason}"
-        each = "1 GPU and " if self.device == "cuda" else ""
-        return f"runs on {self.num_workers} Ray workers, each {each}{self.cpus_per_worker} CPUs: {self.reason}"
+        each = f"1 {self.resource} and " if self.resource else ""
+        cpus = "the CPUs of its node" if self.uses_whole_nodes else f"{self.cpus_per_worker} CPUs"
+        return f"runs on {self.num_workers} Ray workers, each {each}{cpus}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,7 @@ def plan_job(
         raise UserError(
             f"--cpus-per-worker {cpus_per_worker}: each of {plan.num_workers} workers can have {plan.cpus_per_worker}"
         )
-    return replace(plan, cpus_per_worker=cpus_per_worker)
+    return replace(plan, cpus_per_worker=cpus_per_worker, uses_whole_nodes=False)
 
 
 def plan_here(device: str, reason: str, num_threads: int | None) -> Plan:
@@ -86,7 +102,7 @@ def plan_here(device: str, reason: str, num_threads: int | None) -> Plan:
     num_cpus = num_usable_cpus()
     if num_threads is not None and num_threads > num_cpus:
         raise UserError(f"--cpus-per-worker {num_threads}: this process can have {num_cpus}")
-    return Plan(0, chosen, num_threads or num_cpus, reason)
+    return Plan.on(chosen, 0, num_threads or num_cpus, reason)
 
 
 def num_usable_cpus() -> int:
@@ -106,14 +122,17 @@ def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[No
     if device == "cuda" and not num_gpus:
         raise UserError(f"--device cuda: the cluster has no GPU ({len(nodes)} nodes, {num_cpus} CPUs)")
     chosen: Literal["cpu", "cuda"] = "cuda" if device != "cpu" and num_gpus else "cpu"
+    sizes = {node.num_cpus for node in nodes if node.num_cpus}
     if num_workers == "auto":
         count = num_gpus if chosen == "cuda" else sum(node.num_cpus > 0 for node in nodes)
         if not count:
             raise UserError(
                 "--num-workers auto: the cluster has no GPU and no CPU now; give the number to scale up to"
             )
-        per = "GPU" if chosen == "cuda" else "node with CPUs"
-        reason = f"--num-workers auto, one a {per} of the cluster"
+        if chosen == "cpu":
+            plan = Plan.on("cpu", count, min(sizes), "--num-workers auto, one a node with CPUs of the cluster")
+            return replace(plan, uses_whole_nodes=len(sizes) > 1)
+        reason = "--num-workers auto, one a GPU of the cluster"
     else:
         count, reason = num_workers, f"--num-workers {num_workers}"
     cpus_per_worker = share_cpus(count, chosen, nodes)
@@ -122,7 +141,7 @@ def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[No
         raise UserError(
             f"--num-workers {count}: the cluster has {room} on {len(nodes)} nodes; ask for at most that many"
         )
-    return Plan(count, chosen, cpus_per_worker, reason)
+    return Plan.on(chosen, count, cpus_per_worker, reason)
 
 
 def share_cpus(num_workers: int, device: str, nodes: list[Node]) -> int | None:
@@ -191,30 +210,35 @@ def count_coming() -> int:
     return len(report.get("pending_nodes", [])) + sum(report.get("pending_launches", {}).values())
 
 
-def find_room(plan: Plan) -> Plan:
+def find_room(plan: Plan, has_lost: bool = False) -> Plan:
     """The plan, on no more workers than the nodes alive can hold, as soon as that room is free.
 
     Waits while other jobs use it, and while nodes are on their way where no node is left that could hold a worker.
+    Work that has lost workers goes on at once on as many as there is room for now, and waits only for the first.
 
-    Raises: UserError where it stays taken, or nothing is on its way.
+    Raises: UserError where the room stays taken, or nothing is on its way.
     """
     from ray.util import placement_group, remove_placement_group
 
     began_s = coming_s = time.monotonic()
     has_said = False
     while True:
-        nodes = list_nodes()
+        nodes = list_nodes(plan.resource)
+        kind = "cuda" if plan.resource else "cpu"
         fitting = next((n for n in range(plan.num_workers, 0, -1)
-                        if (share_cpus(n, plan.device, nodes) or 0) >= plan.cpus_per_worker), 0)  # fmt: skip
-        # A group that waits for its room tells an autoscaler, too, what is wanted.
-        group = placement_group([plan.resources_per_worker] * max(1, fitting))
-        is_free = group.wait(5)
-        remove_placement_group(group)
-        if is_free:
-            return replace(plan, num_workers=max(1, fitting))
+                        if (share_cpus(n, kind, nodes) or 0) >= plan.cpus_per_worker), 0)  # fmt: skip
+        # Groups that wait for their room tell an autoscaler, too, what is wanted.
+        bundles = [plan.resources_per_worker] * max(1, fitting)
+        groups = [placement_group([bundle]) for bundle in bundles] if has_lost else [placement_group(bundles)]
+        deadline_s = time.monotonic() + SECONDS_PER_TRY
+        num_free = sum(group.wait(max(0, round(deadline_s - time.monotonic()))) for group in groups)
+        for group in groups:
+            remove_placement_group(group)
+        if num_free:
+            return replace(plan, num_workers=num_free if has_lost else max(1, fitting))
         now_s = time.monotonic()
-        what = f"{plural(fitting or 1, 'worker')} of {plural(plan.cpus_per_worker, 'CPU')}"
-        what += " and a GPU" if plan.device == "cuda" else ""
+        what = f"{plural(1 if has_lost else fitting or 1, 'worker')} of {plural(plan.cpus_per_worker, 'CPU')}"
+        what += f" and a {plan.resource}" if plan.resource else ""
         if fitting or count_coming():
             coming_s = now_s
         elif now_s - coming_s > AUTOSCALER_ANSWERS_S:
@@ -265,16 +289,26 @@ def start_ray() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which aborts
 
 
-def list_nodes() -> list[Node]:
-    """Nodes alive now; a cluster that has just started is given a moment to show one."""
+def list_nodes(resource: str | None = None) -> list[Node]:
+    """Nodes alive now, with GPUs, or what stands for them; a cluster that has just started is given a moment to show
+    one."""
     import ray
 
     deadline_s = time.monotonic() + FIRST_NODE_S
     while True:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if alive or time.monotonic() > deadline_s:
-            return [Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in alive]
+            gpu = resource or "GPU"
+            return [Node(int(resources.get("CPU", 0)), int(resources.get(gpu, 0))) for resources in alive]
         time.sleep(0.5)
+
+
+def count_node_cpus() -> int:
+    """CPUs of the node that this Ray worker is on, as Ray counts them."""
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    return next(int(node["Resources"]["CPU"]) for node in ray.nodes() if node["NodeID"] == mine)
 
 
 def this_node(is_ray: bool) -> str:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from plates.checkpoint import Bundle, build_model
-from plates.cluster import Plan, find_room, this_node
+from plates.cluster import Plan, count_node_cpus, find_room, this_node
 from plates.dataset import Dataset, Sample, Skipped, Source, image_ids
 from plates.device import set_up_process
 from plates.features import FrozenTrunk, compute_eval
@@ -76,12 +76,15 @@ class Predictor:
 
 
 class RayPredictor(Predictor):
-    """The Predictor as Ray Data builds it: the bundle comes through the object store."""
+    """The Predictor as Ray Data builds it: the bundle comes through the object store. Without a number of threads it
+    has all CPUs of its node."""
 
-    def __init__(self, bundle_ref: list[Any], source: Source, device: str, precision: str, num_threads: int) -> None:
+    def __init__(
+        self, bundle_ref: list[Any], source: Source, device: str, precision: str, num_threads: int | None
+    ) -> None:
         import ray
 
-        super().__init__(ray.get(bundle_ref[0]), source, device, precision, num_threads)
+        super().__init__(ray.get(bundle_ref[0]), source, device, precision, num_threads or count_node_cpus())
         self.identity["node"] = this_node(is_ray=True)
 
 
@@ -157,12 +160,13 @@ def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan,
             "source": source,
             "device": plan.device,
             "precision": precision,
-            "num_threads": plan.cpus_per_worker,
+            "num_threads": None if plan.uses_whole_nodes else plan.cpus_per_worker,
         },
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=plan.num_workers),
         num_cpus=plan.cpus_per_worker,
-        num_gpus=1 if plan.device == "cuda" else 0,
+        num_gpus=1 if plan.resource == "GPU" else 0,
+        resources={plan.resource: 1} if plan.resource not in (None, "GPU") else None,
     )
     yield from cast(Iterator[Batch], predicted.iter_batches(batch_size=None, batch_format="numpy"))
 

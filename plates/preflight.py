@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plates.cluster import Plan, is_in_cluster, this_node
 from plates.config import UserError
 from plates.dataset import Dataset, Source, UnreadableImageError
@@ -31,21 +33,24 @@ class Probe:
     device: str
     shm_bytes: int | None
     versions: dict[str, str]
+    precision: str | None  # that `auto` is on its device; None where it cannot be told
     problems: tuple[str, ...]
 
 
 def check_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = None) -> list[str]:
     """Tries every node that may get a worker, and the cache where it is needed also on this machine alone.
 
-    Returns: the best precision of each device.
+    Returns: the best precision of each of the plan's devices.
 
     Raises: UserError naming a node and what it cannot do.
     """
     if plan.num_workers and is_in_cluster():
-        for probe in probe_nodes(plan, dataset, run, cache):
+        probes = probe_nodes(plan, dataset, run, cache)
+        for probe in probes:
             if probe.problems:
                 raise UserError(f"node {probe.node}: {'; '.join(probe.problems)}")
-    elif problems := try_cache(cache):
+        return [probe.precision for probe in probes if probe.precision and probe.device == plan.device]
+    if problems := try_cache(cache):
         raise UserError(problems[0])
     return [best_precision(device) for device in devices_here(plan.device)]
 
@@ -111,10 +116,11 @@ def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Prob
 
     waiting = []
     for node in ray.nodes():
-        has_gpu = node["Resources"].get("GPU", 0) > 0
+        has_gpu = node["Resources"].get(plan.resource or "GPU", 0) > 0
         if node["Alive"] and (has_gpu or node["Resources"].get("CPU", 0) > 0):
-            device = "cuda" if has_gpu and plan.device == "cuda" else "cpu"
-            task = ray.remote(num_cpus=0, max_retries=0)(probe_node)  # asks for no GPU: another job may be using it
+            device = plan.device if has_gpu else "cpu"
+            # Asks for no GPU, which another job may be using; its process ends with it, and with that its CUDA.
+            task = ray.remote(num_cpus=0, max_retries=0, max_calls=1 if device == "cuda" else 0)(probe_node)
             task = task.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
                 runtime_env=ALL_GPUS if device == "cuda" else None,
@@ -128,7 +134,7 @@ def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Prob
             name = f"{node['NodeManagerHostname']}:{node['NodeID'][-8:]}"
             said = str(error).strip().splitlines()[-1]
             problem = f"did not run the probe ({said}); is this program installed there?"
-            probes.append(Probe(name, device, None, {}, (problem,)))
+            probes.append(Probe(name, device, None, {}, None, (problem,)))
     written = {path.name for path in folder.iterdir()}
     unseen = "what it writes into --out is not seen here; give a folder that all nodes share, or a URI"
     return [
@@ -165,18 +171,17 @@ def probe_node(
              if found.get(name) != value]  # fmt: skip
     if other:
         problems.append(f"has {', '.join(other)}; install the same versions on all nodes")
-    if device == "cuda":
-        problems += check_cuda()
+    cuda_problems = check_cuda() if device == "cuda" else []
+    problems += cuda_problems
+    precision = None if cuda_problems else best_precision(torch.device(device))
     shm_bytes = shutil.disk_usage(SHM).total if SHM.is_dir() else None
     if device == "cuda" and shm_bytes is not None and shm_bytes < MIN_SHM_BYTES:
         problems.append(f"has {shm_bytes >> 20} MiB of /dev/shm; start its container with --shm-size=8g")
-    return Probe(node, device, shm_bytes, found, tuple(problems))
+    return Probe(node, device, shm_bytes, found, precision, tuple(problems))
 
 
 def check_cuda() -> list[str]:
     """A Ray GPU whose torch sees none would train on the CPU without a word."""
-    import torch
-
     if torch.cuda.is_available():
         return []
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,6 +1,6 @@
 """The only place that builds a TorchTrainer, ScalingConfig and RunConfig."""
 
-import itertools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from plates.features import cache_root
 from plates.model import Weights
 from plates.rundir import versions
 from plates.storage import Place, remove_tree
-from plates.train_loop.group import Worker
+from plates.train_loop.group import LEFT_FILE, STATE_FOLDER, Worker
 from plates.train_loop.task import Task
 from plates.transforms import Preprocessing
 
 ResultT = TypeVar("ResultT")
-STATE_FOLDER = ".ray_train"  # Ray Train's own bookkeeping inside the run directory, gone when the run is done
-MAX_RESTARTS = 8  # after lost workers, before a run gives up
+MAX_VAIN_RESTARTS = 3  # in a row, after lost workers, that find no less work to do than those before
+SECONDS_TO_GROW = 60.0  # that a group works which is smaller than planned, before a larger one may take its place
 # Ray sees a worker that is gone. One that is there may be slow, or wait for rank 0 to fit a long head.
 COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 
@@ -51,7 +51,7 @@ def describe(task: Task, plan: Plan) -> dict[str, Any]:
         "num_workers": plan.num_workers,
         "device": plan.device,
         "precision": task.precision,
-        "threads_per_worker": plan.cpus_per_worker,
+        "threads_per_worker": None if plan.uses_whole_nodes else plan.cpus_per_worker,
         "plan": plan.line,
         "classes": list(dataset.classes),
         "num_images": {"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)},
@@ -63,13 +63,14 @@ def describe(task: Task, plan: Plan) -> dict[str, Any]:
 def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan) -> ResultT:
     """Runs a loop by the plan, in this process or on Ray workers, and returns what rank 0 returns.
 
-    Where workers are lost, the loop starts again on as many as the cluster still has; it takes up what it stored.
+    Where workers are lost, the loop starts again on as many as the cluster still has, and on more when their room
+    returns; it takes up what it stored.
 
     Raises: UserError where a worker cannot read an image that the driver could.
     """
     try:
         if plan.num_workers == 0:
-            result = loop(task, Worker(0, 1, torch.device(plan.device), False, plan.cpus_per_worker))
+            result = loop(task, Worker(0, 1, torch.device(plan.device), False, (plan.cpus_per_worker,)))
         else:
             result = run_on_ray(loop, task, plan)
     except UnreadableImageError as error:
@@ -82,30 +83,47 @@ def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: P
 
 
 def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan) -> ResultT | None:
-    """The loop on a group of Ray workers, and on a new group when some of them are lost."""
+    """The loop on a group of Ray workers, and on a new one when some of them are lost, or a smaller one may grow.
+
+    Ray Train's own elastic groups would do it, but reserve by what nodes have and not by what is free. Measured on
+    2.60: where another job took the room that had come back, the group at work was ended all the same and none was
+    placed until that job ended; after the loss of a node no worker was at work for 42 s; and an OSError of ours was
+    tried again like a lost worker.
+    """
     import ray
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
     what = ray.put((loop, task))  # weights and data set go through the object store, once a node
-    for num_lost in itertools.count(1):
-        room = find_room(plan)
-        if num_lost > 1:
-            print(f"a worker was lost; going on with {plural(room.num_workers, 'worker')}", flush=True)
+    least_left, num_vain, room = math.inf, 0, find_room(plan)
+    while True:
         try:
-            return fit(what, room, task.run)
+            return fit(what, room, task.run, plan.num_workers - room.num_workers)
         except (TrainingFailedError, RayError) as error:  # the latter of Ray Train's own controller
             failures = failures_of(error)
+            is_growth = is_room_for_more(error)
+            left = read_left(task.run)
+            num_vain = num_vain if is_growth else 1 if left < least_left else num_vain + 1
+            least_left = min(left, least_left)
             told = [failure for failure in failures if isinstance(failure, OSError)]  # an image, a full disk
-            if told or num_lost > MAX_RESTARTS or not any(map(is_lost_worker, failures)):
+            is_lost = is_growth or any(map(is_lost_worker, failures))
+            if told or not is_lost or num_vain > MAX_VAIN_RESTARTS:
                 raise (told or [error])[0] from error
         finally:
             remove_tree(task.run / STATE_FOLDER)
-    raise AssertionError("the loop above returns or raises")
+        room = find_room(plan, has_lost=True)
+        why = "there is room for more workers" if is_growth else "a worker was lost"
+        print(f"{why}; going on with {plural(room.num_workers, 'worker')}", flush=True)
 
 
-def fit(what: Any, plan: Plan, run: Place) -> Any:
-    """One group of workers from start to end; returns what rank 0 returns."""
+def read_left(run: Place) -> float:
+    """How much work the last group found to do; infinite where it was lost before it could tell."""
+    told = run / STATE_FOLDER / LEFT_FILE
+    return float(told.read_bytes()) if told.exists() else math.inf
+
+
+def fit(what: Any, plan: Plan, run: Place, num_missing: int) -> Any:
+    """One group of workers, until it ends or there is room for some of those missing; returns what rank 0 returns."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -120,33 +138,50 @@ def fit(what: Any, plan: Plan, run: Place) -> Any:
         from ray.train import get_context
         from ray.train.torch import get_device
 
-        from plates.train_loop.group import Worker
+        from plates.cluster import count_node_cpus
+        from plates.train_loop.group import Worker, all_gather
 
+        nodes = all_gather(ray.get_runtime_context().get_node_id())
         context = get_context()
-        worker = Worker(
-            context.get_world_rank(), context.get_world_size(), get_device(), True, torch.get_num_threads()
-        )
+        rank = context.get_world_rank()
+        num_threads = config["num_threads"] or max(1, count_node_cpus() // nodes.count(nodes[rank]))
+        device = get_device() if config["device"] == "cuda" else torch.device(config["device"])
+        worker = Worker(rank, context.get_world_size(), device, True, tuple(all_gather(num_threads)))
         loop, task = ray.get(config["what"])
         return loop(task, worker)
 
-    callbacks = ["plates.placement.ReleaseRoom", *os.environ.get("RAY_TRAIN_CALLBACKS", "").split(",")]
+    callbacks = ["plates.placement.ReleaseRoom", "plates.placement.AskForMore",
+                 *os.environ.get("RAY_TRAIN_CALLBACKS", "").split(",")]  # fmt: skip
     os.environ["RAY_TRAIN_CALLBACKS"] = ",".join(filter(None, dict.fromkeys(callbacks)))
     trainer = Trainer(
         run_on_worker,
-        train_loop_config={"what": what},
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        train_loop_config={
+            "what": what,
+            "device": plan.device,
+            "num_threads": None if plan.uses_whole_nodes else plan.cpus_per_worker,
+            "missing": [plan.resources_per_worker] * num_missing,
+            "seconds_to_grow": SECONDS_TO_GROW,
+        },
+        torch_config=TorchConfig(plan.backend, timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
-            use_gpu=plan.device == "cuda",
+            use_gpu=plan.resource == "GPU",
             resources_per_worker=plan.resources_per_worker,
+            placement_strategy="PACK" if plan.resource else "SPREAD",
         ),
         run_config=RunConfig(
             name=STATE_FOLDER,
             storage_path=str(run),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
     return trainer.fit().return_value
+
+
+def is_room_for_more(error: Exception) -> bool:
+    from plates.placement import RoomForMoreError
+
+    return isinstance(error, RoomForMoreError)
 
 
 def failures_of(error: Exception) -> list[Exception]:
@@ -159,10 +194,10 @@ def is_lost_worker(failure: Exception) -> bool:
     """Whether a process or node went away, in work or while the group was started; the other workers see that as a
     broken connection."""
     from ray.exceptions import RayError
-    from ray.train import ControllerError
+    from ray.train import ControllerError, PreemptionError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
     from torch.distributed import DistBackendError
 
     is_broken_connection = "onnection" in str(failure) and type(failure) in (RuntimeError, DistBackendError)
-    lost = RayError | ControllerError | WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError
+    lost = RayError | ControllerError | PreemptionError | WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError
     return isinstance(failure, lost) or is_broken_connection

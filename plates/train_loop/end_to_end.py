@@ -26,6 +26,7 @@ from plates.train_loop.group import (
     labels_of,
     progress,
     shard,
+    tell_left,
 )
 from plates.train_loop.resume import SavedState
 from plates.train_loop.task import Fitted, Task
@@ -104,6 +105,7 @@ def train_epochs(
     groups, num_images = row_groups(dataset.source, dataset.train), 0
     forward = DistributedDataParallel(model, forward_sync_buffers=False) if dist.is_initialized() else model
     epochs = range(len(state.history), config.epochs)
+    tell_left(task.run, len(epochs), worker)
     for epoch in progress(epochs, len(epochs), "training", "epoch", worker):
         lr, num_taken = optimizer.param_groups[0]["lr"], state.num_taken_steps()
         sums, num_steps = torch.zeros(3, dtype=torch.float64, device=worker.device), 0

@@ -25,7 +25,7 @@ from plates.model import Classifier
 from plates.parts import Parts, read_part
 from plates.storage import Place
 from plates.timing import Phases
-from plates.train_loop.group import Worker, all_gather, broadcast, gather, labels_of, progress, shard
+from plates.train_loop.group import Worker, all_gather, broadcast, gather, labels_of, progress, shard, tell_left
 from plates.train_loop.task import Fitted, Task
 
 MAX_TRIES = 3  # to gather the parts of all workers
@@ -84,6 +84,7 @@ def shared_features(task: Task, worker: Worker, model: Classifier) -> tuple[Feat
     shape = (num_views, len(dataset.train), len(dataset.val))
     stored = load_features(path, *shape) if worker.rank == 0 else None
     if broadcast(stored is not None):
+        tell_left(task.run, 0, worker)
         return stored, True
     trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, task.precision, worker.pace)
     with closing(Parts(task.cache_root / "features", key)) as parts:
@@ -119,6 +120,7 @@ def compute_parts(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) 
     parts.places = [place for place, indices in found.items() if not claimed.issuperset(indices)]
     num_train = len(dataset.train)
     samples = [*dataset.train, *dataset.val]
+    tell_left(task.run, len(samples) - len(known), worker)
     missing_train = shard([i for i in range(num_train) if i not in known], worker)
     missing_val = shard([i for i in range(num_train, len(samples)) if i not in known], worker)
     views = compute_views(

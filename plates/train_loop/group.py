@@ -1,5 +1,7 @@
 """The group of workers: who one is, its share, and what all of them add up or hand to rank 0."""
 
+import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -10,33 +12,51 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plates.dataset import Sample
+from plates.storage import Place
 from plates.timing import Pace
 
 ItemT = TypeVar("ItemT")
 MAX_RUN, RUNS_PER_WORKER = 64, 32  # the shares differ by one run at most: 3% of the work
+LEFT_FILE = "left"  # in Ray Train's folder of the run directory: how much work a group found to do
+STATE_FOLDER = ".ray_train"  # Ray Train's own bookkeeping inside the run directory, gone when the run is done
 
 
 @dataclass(frozen=True)
 class Worker:
-    """Who runs the loop: `world_size` 1 and rank 0 in the driver's own process."""
+    """Who runs the loop: `world_size` 1 and rank 0 in the driver's own process. `threads`: CPU threads by rank."""
 
     rank: int
     world_size: int
     device: torch.device
     is_ray: bool
-    num_threads: int
+    threads: tuple[int, ...]  # of each rank
     pace: Pace = field(default_factory=Pace)
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads[self.rank]
 
 
 def shard(items: Sequence[ItemT], worker: Worker) -> list[ItemT]:
-    """This worker's share: runs of neighbours dealt in turn, to read whole row groups of a large data set."""
-    run = min(MAX_RUN, max(1, len(items) // (RUNS_PER_WORKER * worker.world_size)))
-    return [item for place, item in enumerate(items) if place // run % worker.world_size == worker.rank]
+    """This worker's share, by its threads: runs of neighbours dealt in turn, to read whole row groups of a large data
+    set."""
+    turns = deal(worker.threads)
+    run = min(MAX_RUN, max(1, len(items) // (RUNS_PER_WORKER * len(turns))))
+    return [item for place, item in enumerate(items) if turns[place // run % len(turns)] == worker.rank]
 
 
-def batch_share(items: Sequence[ItemT], worker: Worker) -> Sequence[ItemT]:
-    """This worker's share of one global batch."""
-    return items[worker.rank :: worker.world_size]
+def batch_share(items: Sequence[ItemT], worker: Worker) -> list[ItemT]:
+    """This worker's share of one global batch, by its threads: every world_size-th where all have as many."""
+    turns = deal(worker.threads)
+    return [item for place, item in enumerate(items) if turns[place % len(turns)] == worker.rank]
+
+
+@functools.cache
+def deal(threads: tuple[int, ...]) -> list[int]:
+    """Ranks in the order in which items are dealt: each as often as it has threads, evenly spread."""
+    counts = [count // math.gcd(*threads) for count in threads]
+    turns = [((turn + 0.5) / count, rank) for rank, count in enumerate(counts) for turn in range(count)]
+    return [rank for _, rank in sorted(turns)]
 
 
 def interleave(shards: Sequence[Tensor], worker: Worker) -> Tensor:
@@ -83,6 +103,12 @@ def broadcast(value: ItemT) -> ItemT:
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def tell_left(run: Place, num_left: int, worker: Worker) -> None:
+    """Tells the driver how much work this group finds to do: less than the group before it found is progress."""
+    if worker.is_ray and worker.rank == 0:
+        (run / STATE_FOLDER / LEFT_FILE).write_bytes(str(num_left).encode())
 
 
 def progress(items: Iterable[ItemT], total: int, description: str, unit: str, worker: Worker) -> Iterator[ItemT]:

@@ -89,7 +89,7 @@ def speeds(packed: Path, run_folder: Path, order: list[str]) -> dict[str, float]
         model = build_classifier("resnet18", weights.state, 2, 0)
         parameters = set_trainable(model.to(memory_format=torch.channels_last), "layer4")
         start_s = time.perf_counter()
-        worker = Worker(0, 1, CPU, is_ray=False, num_threads=num_threads)
+        worker = Worker(0, 1, CPU, is_ray=False, threads=(num_threads,))
         train_epochs(task, worker, model, parameters, ImageCache(data.source, CPU, 0))
         measured[f"layer4 {name}"] = len(data.train) / (time.perf_counter() - start_s)
     return measured

@@ -48,7 +48,7 @@ def train_whole_loop(config, tmp_path):
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
     task = make_task(config, dataset, digests, weights, preprocessing, "fp32", tmp_path)
     model = build_classifier(weights.backbone, weights.state, len(dataset.classes), config.seed)
-    worker = Worker(0, 1, CPU, is_ray=False, num_threads=2)
+    worker = Worker(0, 1, CPU, is_ray=False, threads=(2,))
     fitted = train_end_to_end(task, worker, model, Phases())
     return model, fitted
 

@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from plates import rundir
 from plates.cluster import Plan
 from plates.config import TrainConfig
 from plates.dataset import load_dataset
+from plates.device import best_precision
 from plates.preflight import probe_nodes
 from ray_jobs import check, train
 
@@ -35,6 +38,7 @@ def test_nodes_write_inside_the_run_directory_and_nothing_stays(tmp_path):
         before = set(tmp_path.rglob("*"))
         (probe,) = probe_nodes(HERE, dataset, run)
         assert probe.problems == ()
+        assert probe.precision == best_precision(torch.device("cpu"))
         inside = [path for path in source.seen[-1] if path.startswith(f"{run.relative_to(tmp_path).as_posix()}/.")]
         assert len(inside) >= 2
         for path in set(source.seen[-1]) - set(inside):
@@ -81,9 +85,12 @@ def test_workers_try_the_cache_and_a_gpu_in_use_is_no_refusal(tmp_path, monkeypa
         holder = ray.remote(num_gpus=1)(Holder).remote()
         assert ray.get(holder.hold.remote())
         dataset = load_dataset("synthetic:8", 0)
-        (probe,) = probe_nodes(Plan(1, "cuda", 1, "test"), dataset, tmp_path / "run", tmp_path / "file" / "cache")
+        (probe,) = probe_nodes(Plan.on("cuda", 1, 1, "test"), dataset, tmp_path / "run", tmp_path / "file" / "cache")
     finally:
         ray.shutdown()
     assert probe.versions == rundir.versions()
+    if not torch.cuda.is_available():
+        assert probe.precision is None
+        assert "torch" in probe.problems[-1]
     assert not [problem for problem in probe.problems if "did not run" in problem]
     assert [problem for problem in probe.problems if f"PLATES_CACHE {tmp_path / 'file' / 'cache'}" in problem]

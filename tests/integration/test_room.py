@@ -1,32 +1,37 @@
 """A cluster that is busy: a job says so, waits for its room, and takes no other job's work for a lost worker."""
 
+import os
+import signal
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import ray
 import torch.distributed as dist
+from ray.train import TrainingFailedError
 from test_train import CONFIG, train_on
 
 from plates.cluster import Plan, find_room
-from plates.config import UserError
-from plates.trainer import run_loop
+from plates.config import TrainConfig, UserError
+from plates.train_loop.group import tell_left
+from plates.trainer import MAX_VAIN_RESTARTS, run_loop
 
 TWO = Plan(2, "cpu", 1, "test")
 
 
 @pytest.fixture
 def hold_cpus(local_ray):
-    """Takes all CPUs as another job would, for some seconds."""
+    """Takes CPUs as another job would, for some seconds."""
     holders = []
 
-    @ray.remote(num_cpus=2)
+    @ray.remote
     class Holder:
         def hold(self) -> None: ...
 
-    def hold(time_s: float) -> None:
-        holders.append(Holder.remote())
+    def hold(time_s: float, num_cpus: int = 2) -> None:
+        holders.append(Holder.options(num_cpus=num_cpus).remote())
         ray.get(holders[0].hold.remote())
         threading.Timer(time_s, ray.kill, holders).start()
 
@@ -59,6 +64,46 @@ def test_what_no_node_can_hold_is_not_waited_for(local_ray, monkeypatch):
     with pytest.raises(UserError, match="no node has room for 1 worker of 4 CPUs, and none is on its way"):
         find_room(replace(TWO, cpus_per_worker=4))
     assert find_room(replace(TWO, num_workers=3)).num_workers == 2
+
+
+def test_what_has_lost_workers_goes_on_with_the_room_that_is_free(hold_cpus):
+    hold_cpus(60, num_cpus=1)
+    began_s = time.monotonic()
+    assert find_room(TWO, has_lost=True).num_workers == 1
+    assert time.monotonic() - began_s < 10
+
+
+def die(task, worker):
+    """As many times as `task.config.epochs` says; says before how much there is to do: as much as ever with
+    `num_views` 1, else less each time."""
+    deaths = task.run / "deaths"
+    if worker.rank == 0:
+        done = len(deaths.read_text()) if deaths.exists() else 0
+        tell_left(task.run, 10 if task.config.num_views == 1 else 10 - done, worker)
+        if done < task.config.epochs:
+            deaths.write_text("x" * (done + 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+@dataclass(frozen=True)
+class Dying:
+    """What `die` is told, and the loop needs."""
+
+    run: Path
+    config: TrainConfig
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["progress", "none"])
+def test_a_run_is_given_up_only_where_its_losses_bring_nothing(kind, local_ray, tmp_path):
+    one = replace(TWO, num_workers=1)
+    if kind == "progress":
+        assert run_loop(die, Dying(tmp_path, TrainConfig(epochs=6)), one) == "alive"
+    else:
+        with pytest.raises(TrainingFailedError):
+            run_loop(die, Dying(tmp_path, TrainConfig(epochs=100, num_views=1)), one)
+        assert len((tmp_path / "deaths").read_text()) == 1 + MAX_VAIN_RESTARTS
 
 
 def test_no_worker_gives_up_on_another_that_works_longer(local_ray, tmp_path):

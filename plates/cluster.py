@@ -80,7 +80,7 @@ def plan_job(
     """
     if num_workers == 0 or (num_workers == "auto" and not is_in_cluster() and not has_many_gpus(device)):
         reason = "--num-workers 0" if num_workers == 0 else "one machine, no cluster, at most one GPU"
-        return plan_here(device, reason)
+        return plan_here(device, reason, cpus_per_worker)
     start_ray()
     nodes = list_nodes()
     if num_workers != "auto" and is_in_cluster():
@@ -95,11 +95,14 @@ def plan_job(
     return replace(plan, cpus_per_worker=cpus_per_worker, uses_whole_nodes=False)
 
 
-def plan_here(device: str, reason: str) -> Plan:
+def plan_here(device: str, reason: str, num_threads: int | None) -> Plan:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return Plan.on(chosen, 0, num_usable_cpus(), reason)
+    num_cpus = num_usable_cpus()
+    if num_threads is not None and num_threads > num_cpus:
+        raise UserError(f"--cpus-per-worker {num_threads}: this process can have {num_cpus}")
+    return Plan.on(chosen, 0, num_threads or num_cpus, reason)
 
 
 def num_usable_cpus() -> int:

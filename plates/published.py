@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import joblib
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -90,6 +91,7 @@ def leave_out_unreadable(dataset: Dataset) -> Dataset:
 
 def main(argv: list[str]) -> None:
     settings = json.loads(argv[0])
+    torch.set_num_threads(joblib.cpu_count())  # torch itself takes a host's, whatever its container's share
     dataset = load_dataset(settings["data"], settings["seed"])
     if settings["skip_unreadable"]:
         dataset = leave_out_unreadable(dataset)

@@ -37,11 +37,14 @@ def find_run(out: str | None, job: str, config: Any) -> Place:
 
     A fresh or empty directory is fine, and so is an unfinished run of the same job and settings.
 
-    Raises: UserError for a finished run, a run of other settings, or a directory of other things.
+    Raises: UserError for a finished run, a run of other settings, or a directory of other things or closed to us.
     """
     assert out, "run_job gives every run a directory"
     run = place_of("--out", out)
-    check_claimable(run, requested(job, config))
+    try:
+        check_claimable(run, requested(job, config))
+    except OSError as error:
+        raise UserError(f"--out {run}: cannot be used ({error.strerror or error})") from error
     return run
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from plates.storage import Place
 INDEX_FILE, FORMAT = "dataset.json", 1
 IMAGES_PER_ROW_GROUP, BYTES_PER_ROW_GROUP = 64, 4 << 20  # read at once; whichever is reached first
 IMAGES_PER_SHARD = 2048
+NUM_KEPT = 12  # row groups of a process: the 8 that an epoch's order mixes, and some of the next 8
 SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in ("path", "label", "split", "sha256"))])
 
 
@@ -41,9 +43,9 @@ class ShardSource:
         return decode(self.read_bytes(path))
 
     def read_bytes(self, path: str) -> bytes:
-        shard, row_group, row, _ = self.rows[path]
+        shard, number, row, _ = self.rows[path]
         try:
-            return read_images(self.root / shard, row_group)[row].as_py()
+            return row_group(self.root / shard, number).read()[row].as_py()
         except (OSError, pa.ArrowInvalid) as error:
             raise UnreadableImageError(f"{shard}: {error}") from error
 
@@ -52,11 +54,25 @@ class ShardSource:
         return self.rows[path][3]
 
 
-@functools.lru_cache(maxsize=4)
-def read_images(shard: Place, row_group: int) -> pa.ChunkedArray:
-    """The encoded images of a row group. The last few are kept: readers go through them in order, in threads."""
-    with pq.ParquetFile(shard.open("rb")) as file:
-        return file.read_row_group(row_group, columns=["image"])["image"]
+class RowGroup:
+    """The encoded images of a row group, read by the first thread that wants one."""
+
+    def __init__(self, shard: Place, number: int) -> None:
+        self.shard, self.number = shard, number
+        self.lock = threading.Lock()
+        self.images: pa.ChunkedArray | None = None
+
+    def read(self) -> pa.ChunkedArray:
+        with self.lock:
+            if self.images is None:
+                with pq.ParquetFile(self.shard.open("rb")) as file:
+                    self.images = file.read_row_group(self.number, columns=["image"])["image"]
+            return self.images
+
+
+@functools.lru_cache(maxsize=NUM_KEPT)
+def row_group(shard: Place, number: int) -> RowGroup:
+    return RowGroup(shard, number)
 
 
 def is_prepared(folder: Place) -> bool:

@@ -135,20 +135,21 @@ def connect(root: str, query: str) -> fs.FileSystem:
 def place_of(flag: str, text: str) -> Place:
     """The place that a setting names: a URI, or an absolute path on this machine.
 
-    Raises: UserError where the URI holds credentials, is of an unknown kind, or its store does not answer.
+    Raises: UserError where it is not named in UTF-8 or cannot be looked up, or the URI holds credentials, is of an
+        unknown kind, or its store does not answer.
     """
-    if "://" not in text:
-        try:
-            return Path(text).expanduser().absolute()
-        except RuntimeError as error:
-            raise UserError(f"{flag} {text}: {str(error).rstrip('.')}; give the folder itself") from error
-    rest = text.partition("://")[2]
-    if "@" in rest.partition("/")[0] or "secret_key=" in text or "access_key=" in text:
+    is_uri, rest = "://" in text, text.partition("://")[2]
+    if is_uri and ("@" in rest.partition("/")[0] or "secret_key=" in text or "access_key=" in text):
         raise UserError(f"{flag}: credentials do not belong in a URI; set them in the environment")
     base, _, query = text.partition("?")
-    place = UriPath(base.rstrip("/"), query)
     try:
+        place = UriPath(base.rstrip("/"), query) if is_uri else Path(text).expanduser().absolute()
+        str(place).encode()
         place.exists()
+    except RuntimeError as error:  # no such home
+        raise UserError(f"{flag} {text}: {str(error).rstrip('.')}; give the folder itself") from error
+    except UnicodeEncodeError as error:  # tables, JSON and the report hold UTF-8 alone
+        raise UserError(f"{flag} {text!a}: its name is not UTF-8; rename it") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {text}: cannot be reached ({str(error).splitlines()[0]})") from error
     return place

@@ -32,10 +32,11 @@ def make_task(
     digests: dict[str, str],
     weights: Weights,
     preprocessing: Preprocessing,
+    precision: str,
     run: Place,
 ) -> Task:
     """What the workers are told; start-up is counted from here."""
-    return Task(config, dataset, weights, preprocessing, digests, cache_root(), run, time.time())
+    return Task(config, dataset, weights, preprocessing, precision, digests, cache_root(), run, time.time())
 
 
 def describe(task: Task, plan: Plan) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def describe(task: Task, plan: Plan) -> dict[str, Any]:
         "num_views": config.num_views or config.epochs,
         "num_workers": plan.num_workers,
         "device": plan.device,
+        "precision": task.precision,
         "threads_per_worker": None if plan.uses_whole_nodes else plan.cpus_per_worker,
         "plan": plan.line,
         "classes": list(dataset.classes),
@@ -68,7 +70,6 @@ def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: P
     """
     try:
         if plan.num_workers == 0:
-            torch.set_num_threads(plan.cpus_per_worker)
             result = loop(task, Worker(0, 1, torch.device(plan.device), False, (plan.cpus_per_worker,)))
         else:
             result = run_on_ray(loop, task, plan)
@@ -133,6 +134,7 @@ def fit(what: Any, plan: Plan, run: Place, num_missing: int) -> Any:
 
     def run_on_worker(config: dict[str, Any]) -> Any:
         """Shipped by value and importing for itself, so that the controller does not import all that workers need."""
+        import torch
         from ray.train import get_context
         from ray.train.torch import get_device
 
@@ -143,7 +145,6 @@ def fit(what: Any, plan: Plan, run: Place, num_missing: int) -> Any:
         context = get_context()
         rank = context.get_world_rank()
         num_threads = config["num_threads"] or max(1, count_node_cpus() // nodes.count(nodes[rank]))
-        torch.set_num_threads(num_threads)
         device = get_device() if config["device"] == "cuda" else torch.device(config["device"])
         worker = Worker(rank, context.get_world_size(), device, True, tuple(all_gather(num_threads)))
         loop, task = ray.get(config["what"])

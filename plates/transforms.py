@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torch.nn.functional import interpolate
+
+from plates.device import move
 
 CROP_AREA = (0.08, 1.0)  # fraction of the image's area, as torchvision's RandomResizedCrop
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -68,60 +69,58 @@ def draw_view(seed: int, view_index: int, path: str, height: int, width: int) ->
     return View((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, is_flipped)
 
 
-def crop(image: Tensor, view: View, size: int) -> Tensor:
-    """The view of (3, H, W) uint8 as (3, size, size) uint8, not yet mirrored."""
-    return F.resized_crop(
-        image, view.top, view.left, view.height, view.width, [size, size], InterpolationMode.BILINEAR, antialias=True
-    )  # fmt: skip
+def whole_image(height: int, width: int) -> View:
+    """What validation and prediction see; the aspect ratio is not kept, as published."""
+    return View(0, 0, height, width, is_flipped=False)
 
 
-def resize(image: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 to (3, size, size) uint8; the aspect ratio is not kept, as published."""
-    return F.resize(image, [size, size], InterpolationMode.BILINEAR, antialias=True)
+def make_views(image: Tensor, views: Sequence[View], size: int) -> Tensor:
+    """Crops of an image at the model's size, not yet mirrored.
 
-
-def train_batch(
-    images: Sequence[Tensor], views: Sequence[View], preprocessing: Preprocessing, device: torch.device
-) -> Tensor:
-    """Views of images as the model's input.
+    Bilinear with antialiasing, as torchvision's transforms. On CPUs torch has a kernel for bytes, which rounds
+    in between; elsewhere they are computed in float32 and rounded, the same to 1 of 255.
 
     Args:
-        images: B tensors (3, H, W) uint8, of any sizes.
-        views: one view an image.
+        image: (3, H, W) uint8; or float32, for the way of devices without that kernel.
+        views: V of them.
 
-    Returns: (B, 3, S, S) float32 on `device`, channels_last.
+    Returns: (V, 3, size, size) uint8 on the image's device.
     """
-    size = preprocessing.image_size
-    crops = [crop(image, view, size) for image, view in zip(images, views, strict=True)]
-    is_flipped = torch.tensor([view.is_flipped for view in views], dtype=torch.bool)
-    return normalize(flip(move(stack(crops, size), device), move(is_flipped, device)), preprocessing)
+    pixels = image if image.device.type == "cpu" else image.float()
+    crops = [
+        interpolate(
+            pixels[None, :, view.top : view.top + view.height, view.left : view.left + view.width],
+            (size, size),
+            mode="bilinear",
+            antialias=True,
+        )
+        for view in views
+    ]
+    whole = torch.cat(crops)
+    return whole.round_().to(torch.uint8) if whole.is_floating_point() else whole
 
 
-def eval_batch(images: Sequence[Tensor], preprocessing: Preprocessing, device: torch.device) -> Tensor:
-    """B tensors (3, H, W) uint8 of any sizes to (B, 3, S, S) float32 on `device`, channels_last."""
-    size = preprocessing.image_size
-    return normalize(move(stack([resize(image, size) for image in images], size), device), preprocessing)
+def to_input(pictures: Tensor, is_flipped: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """The model's input: mirrored, scaled to 0-1 and normalised by channel.
+
+    Args:
+        pictures: (B, 3, S, S) uint8.
+        is_flipped: (B,) bool, on the same device.
+
+    Returns: (B, 3, S, S) float32, channels_last.
+    """
+    batch = torch.where(is_flipped[:, None, None, None], pictures.flip(-1), pictures)
+    batch = batch.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    mean, std = (move(torch.tensor(values), batch.device)[:, None, None] for values in
+                 (preprocessing.mean, preprocessing.std))  # fmt: skip
+    return batch.sub_(mean).div_(std)
 
 
-def stack(pictures: list[Tensor], size: int) -> Tensor:
-    """B tensors (3, S, S) uint8 to (B, 3, S, S); B may be 0."""
-    return torch.stack(pictures) if pictures else torch.empty((0, 3, size, size), dtype=torch.uint8)
-
-
-def move(values: Tensor, device: torch.device) -> Tensor:
-    """To the device, through pinned memory and without waiting for CUDA."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-
-
-def flip(batch: Tensor, is_flipped: Tensor) -> Tensor:
-    """(B, 3, S, S) with the images mirrored where (B,) bool says so."""
-    return torch.where(is_flipped[:, None, None, None], batch.flip(-1), batch)
-
-
-def normalize(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(B, 3, S, S) uint8 to float32, scaled to 0-1 and normalised by channel, channels_last."""
-    batch = F.to_dtype(batch.to(memory_format=torch.channels_last), torch.float32, scale=True)
-    return F.normalize(batch, list(preprocessing.mean), list(preprocessing.std))
+def view_batch(images: Sequence[Tensor], views: Sequence[View], preprocessing: Preprocessing) -> Tensor:
+    """One view of each of B images (3, H, W) uint8, of any sizes, as (B, 3, S, S) model input."""
+    crops = [make_views(image, [view], preprocessing.image_size) for image, view in zip(images, views, strict=True)]
+    is_flipped = torch.tensor([view.is_flipped for view in views])
+    return to_input(torch.cat(crops), move(is_flipped, crops[0].device), preprocessing)
 
 
 def to_picture(model_input: Tensor, preprocessing: Preprocessing) -> np.ndarray:

@@ -11,6 +11,7 @@ def run_prediction(config: PredictConfig) -> int:
     from plates import cluster, rundir
     from plates.checkpoint import load_bundle
     from plates.dataset import load_test_split
+    from plates.device import decide_precision
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
     from plates.preflight import check_nodes
     from plates.report import summary_table, write_report
@@ -30,13 +31,15 @@ def run_prediction(config: PredictConfig) -> int:
     if not dataset.test:
         raise UserError(f"--data {config.data}: has no test/ folder with images to predict")
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
-    check_nodes(plan, dataset, run)
+    best = check_nodes(plan, dataset, run)
+    precision = decide_precision(config.precision, bundle.backbone, plan.device, best)
     resolved = {
         "backbone": bundle.backbone,
         "backbone_reason": bundle.info.get("backbone_reason", ""),
         "weights_source": bundle.info.get("weights_source", ""),
         "num_workers": plan.num_workers,
         "device": plan.device,
+        "precision": precision,
         "plan": plan.line,
         "classes": list(bundle.classes),
         "num_images": {"test": len(dataset.test)},
@@ -48,7 +51,7 @@ def run_prediction(config: PredictConfig) -> int:
 
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     with phases.measure("inference"):
-        predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
+        predictions = predict(bundle, dataset.source, dataset.test, plan, precision)
     figures = score_predictions(predictions, dataset)
     timing = timing_table(phases, plan.num_workers, [], predictions.timings, len(dataset.test))
     write_predictions(run, predictions)

@@ -13,6 +13,7 @@ def train(config: TrainConfig) -> int:
     from plates import cluster, rundir
     from plates.checkpoint import Bundle, save_bundle
     from plates.dataset import check_dataset, load_dataset
+    from plates.device import decide_precision
     from plates.features import cache_root
     from plates.metrics import score
     from plates.model import preprocessing_of, resolve_weights
@@ -30,10 +31,11 @@ def train(config: TrainConfig) -> int:
     with phases.measure("data"):
         dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
-    check_nodes(plan, dataset, run, cache_root() if config.trainable == "head" else None)
+    best = check_nodes(plan, dataset, run, cache_root() if config.trainable == "head" else None)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    task = make_task(config, dataset, digests, weights, preprocessing, run)
+    precision = decide_precision(config.precision, weights.backbone, plan.device, best)
+    task = make_task(config, dataset, digests, weights, preprocessing, precision, run)
     resolved = describe(task, plan)
     rundir.claim_run(run, "train", config, resolved)
     print("\n".join([weights.reason, plan.line, *resolved["notes"]]), flush=True)
@@ -42,15 +44,17 @@ def train(config: TrainConfig) -> int:
     with phases.measure("fit"):
         trained = run_loop(train_on_worker, task, plan)
     figures = {key: trained.history[-1][key] for key in ("train/loss", "train/accuracy")}
+    if precision == "fp16":
+        figures["train/num_skipped_steps"] = trained.num_skipped_steps
     figures |= score(trained.val_logits, labels_of(dataset.val), dataset.classes, "val")
     bundle = Bundle(weights.backbone, dataset.classes, preprocessing, trained.state, {**resolved, "metrics": figures})
     save_bundle(run / "checkpoint", bundle)
 
     with phases.measure("inference"):
-        predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
+        predictions = predict(bundle, dataset.source, dataset.test, plan, precision)
     figures |= score_predictions(predictions, dataset)
     timing = timing_table(phases, plan.num_workers, trained.timings, predictions.timings, len(dataset.test))
-    rundir.update_config(run, precision=trained.precision, has_reused_features=trained.has_reused_features)
+    rundir.update_config(run, has_reused_features=trained.has_reused_features)
     rundir.write_csv(run / "history.csv", pd.DataFrame(trained.history))
     write_predictions(run, predictions)
     rundir.write_results(run, figures, timing, [*skipped, *predictions.skipped])

@@ -11,6 +11,7 @@ def tune(config: TuneConfig) -> int:
     from plates import cluster, rundir
     from plates.checkpoint import Bundle, save_bundle
     from plates.dataset import check_dataset, load_dataset, merge_labelled
+    from plates.device import decide_precision
     from plates.features import cache_root
     from plates.model import preprocessing_of, resolve_weights
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
@@ -31,10 +32,11 @@ def tune(config: TuneConfig) -> int:
         dataset = merge_labelled(dataset)
     folds = make_folds(dataset.train, config)
     plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
-    check_nodes(plan, dataset, run, cache_root() if config.trainable == "head" else None)
+    best = check_nodes(plan, dataset, run, cache_root() if config.trainable == "head" else None)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    task = make_task(config, dataset, digests, weights, preprocessing, run)
+    precision = decide_precision(config.precision, weights.backbone, plan.device, best)
+    task = make_task(config, dataset, digests, weights, preprocessing, precision, run)
     resolved = describe(task, plan) | {"num_images": {"train": len(dataset.train), "test": len(dataset.test)}}
     rundir.claim_run(run, "tune", config, resolved)
     print("\n".join([weights.reason, plan.line, *resolved["notes"]]), flush=True)
@@ -47,10 +49,9 @@ def tune(config: TuneConfig) -> int:
     save_bundle(run / "checkpoint", bundle)
 
     with phases.measure("inference"):
-        predictions = predict(bundle, dataset.source, dataset.test, plan, config.precision)
+        predictions = predict(bundle, dataset.source, dataset.test, plan, precision)
     figures |= score_predictions(predictions, dataset)
     timing = timing_table(phases, plan.num_workers, swept.timings, predictions.timings, len(dataset.test))
-    rundir.update_config(run, precision=swept.precision)
     rundir.write_csv(run / "trials.csv", swept.trials)
     rundir.write_csv(run / "history.csv", swept.history)
     rundir.write_csv(run / "history_baseline.csv", swept.baseline_history)

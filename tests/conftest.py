@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,17 @@ def local_ray() -> None:
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     if not ray.is_initialized():
         ray.init(address="local", num_cpus=2, object_store_memory=200_000_000, logging_level=logging.ERROR)
+
+
+@contextmanager
+def rights_of_nobody() -> Iterator[None]:
+    """Root may list everything."""
+    me = os.geteuid()
+    os.seteuid(65534 if me == 0 else me)
+    try:
+        yield
+    finally:
+        os.seteuid(me)
 
 
 def free_ports(count: int) -> list[int]:

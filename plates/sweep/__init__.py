@@ -17,7 +17,6 @@ from plates.sweep.scores import Folds, summarize, tabulate_trials
 from plates.sweep.training_trials import run_training_trials
 from plates.sweep.tuner import state_of
 from plates.train_loop import compute_features, train
-from plates.train_loop.frozen import history_of
 from plates.train_loop.group import labels_of
 from plates.train_loop.task import Task
 from plates.trainer import run_loop
@@ -35,7 +34,6 @@ class Swept:
     history: pd.DataFrame
     baseline_history: pd.DataFrame
     timings: list[dict[str, Any]]
-    precision: str
 
 
 def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
@@ -49,7 +47,7 @@ def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
 
 def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     config = cast(TuneConfig, task.config)
-    features, timings, precision = run_loop(compute_features, task, plan)
+    features, timings = run_loop(compute_features, task, plan)
     weights = task.weights
     model = build_classifier(weights.backbone, weights.state, len(task.dataset.classes), config.seed)
     initial = (model.head.weight.detach(), model.head.bias.detach())
@@ -70,10 +68,10 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
         seed=config.seed,
     )
     model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
-    histories = [pd.DataFrame(history_of(heads, head)) for head in (0, 1)]
+    histories = [pd.DataFrame(heads.history(head)) for head in (0, 1)]
     charge_trials(timings, timings[0]["train_s"] + time.perf_counter() - start_s)
     figures = summarize(results, schedules, trials)
-    return Swept(trials, figures, model.state_dict(), histories[0], histories[1], timings, precision)
+    return Swept(trials, figures, model.state_dict(), histories[0], histories[1], timings)
 
 
 def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
@@ -92,7 +90,7 @@ def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
     charge_trials(best.timings, trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values()))
     histories = [pd.DataFrame(retrained[trial].history) for trial in (winner, 0)]
     figures = summarize(results, schedules, trials)
-    return Swept(trials, figures, best.state, histories[0], histories[1], best.timings, best.precision)
+    return Swept(trials, figures, best.state, histories[0], histories[1], best.timings)
 
 
 def charge_trials(timings: list[dict[str, Any]], train_s: float) -> None:

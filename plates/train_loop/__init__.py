@@ -4,46 +4,48 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from plates.cluster import this_node
 from plates.dataset import Dataset
+from plates.device import set_up_process
 from plates.features import Features
-from plates.model import build_classifier, dtype_name, resolve_precision
+from plates.model import build_classifier
 from plates.timing import Phases, device_name, rate
 from plates.train_loop.end_to_end import train_end_to_end
 from plates.train_loop.frozen import shared_features, train_head
 from plates.train_loop.group import Worker, gather, shard
 from plates.train_loop.task import Task, Trained
-from plates.transforms import Preprocessing, draw_view, to_picture, train_batch
+from plates.transforms import Preprocessing, draw_view, to_picture, view_batch
 
 
 def train(task: Task, worker: Worker) -> Trained | None:
     """Trains on one worker of the group. Every worker takes part; rank 0 returns the result, the others None."""
     startup_s = time.time() - task.submitted_at
+    set_up_process(worker.device, task.precision, worker.num_threads)
     phases = Phases(worker.device)
-    dtype = resolve_precision(task.config.precision, worker.device, task.weights.backbone)
     model = build_classifier(task.weights.backbone, task.weights.state, len(task.dataset.classes), task.config.seed)
     way = train_head if task.config.trainable == "head" else train_end_to_end
-    fitted = way(task, worker, model, dtype, phases)
+    fitted = way(task, worker, model, phases)
     timings = gather(time_worker(worker, startup_s, phases, fitted.num_images))
     if worker.rank:
         return None
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    return Trained(state, fitted.history, fitted.val_logits, timings, dtype_name(dtype), fitted.has_reused_features)
+    return Trained(
+        state, fitted.history, fitted.val_logits, timings, fitted.has_reused_features, fitted.num_skipped_steps
+    )
 
 
-def compute_features(task: Task, worker: Worker) -> tuple[Features, list[dict[str, Any]], str] | None:
-    """The trunk's features alone, for many heads; rank 0 returns them, a timing row a worker, the precision."""
+def compute_features(task: Task, worker: Worker) -> tuple[Features, list[dict[str, Any]]] | None:
+    """The trunk's features alone, for many heads; rank 0 returns them, and a timing row a worker."""
     startup_s = time.time() - task.submitted_at
+    set_up_process(worker.device, task.precision, worker.num_threads)
     phases = Phases(worker.device)
-    dtype = resolve_precision(task.config.precision, worker.device, task.weights.backbone)
     model = build_classifier(task.weights.backbone, task.weights.state, len(task.dataset.classes), task.config.seed)
     with phases.measure("train"):
-        features, _ = shared_features(task, worker, model, dtype)
+        features, _ = shared_features(task, worker, model)
     num_images = len(shard(task.dataset.train, worker)) * (task.config.num_views or task.config.epochs)
     timings = gather(time_worker(worker, startup_s, phases, num_images))
-    return (features, timings, dtype_name(dtype)) if features is not None else None
+    return (features, timings) if features is not None else None
 
 
 def time_worker(worker: Worker, startup_s: float, phases: Phases, num_images: int) -> dict[str, Any]:
@@ -70,6 +72,6 @@ def draw_examples(
     for sample in dataset.train[::step][:num_examples]:
         image = dataset.source.read(sample.path)
         view = draw_view(seed, 0, sample.path, image.shape[1], image.shape[2])
-        model_input = train_batch([image], [view], preprocessing, torch.device("cpu"))[0]
+        model_input = view_batch([image], [view], preprocessing)[0]
         examples.append((to_picture(model_input, preprocessing), dataset.classes[sample.label or 0]))
     return examples

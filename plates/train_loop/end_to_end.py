@@ -1,6 +1,8 @@
 """End to end: every epoch through the whole model, exact whatever the number of workers."""
 
+import logging
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 import torch
 import torch.distributed as dist
@@ -9,8 +11,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from plates import metrics
-from plates.dataset import Sample, Source
-from plates.head import epoch_order
+from plates.dataset import Sample, Source, row_groups
+from plates.device import DTYPES, move
+from plates.head import FIGURES, epoch_order
 from plates.images import prefetch
 from plates.model import Classifier, set_trainable
 from plates.timing import Phases
@@ -27,151 +30,167 @@ from plates.train_loop.group import (
 )
 from plates.train_loop.resume import SavedState
 from plates.train_loop.task import Fitted, Task
-from plates.transforms import Preprocessing, draw_view, eval_batch, train_batch
+from plates.transforms import View, draw_view, make_views, to_input, whole_image
 
 EVAL_BATCH_SIZE_PER_WORKER = 64
+logger = logging.getLogger(__name__)
+LOSS_SCALE = (
+    1024.0  # at the start; with torch's 65536 drawn plates lost one of their first 5 steps, which matter most
+)
 IMAGE_CACHE_BYTES = 1 << 30  # decoded images that a worker keeps; what does not fit is decoded again each epoch
 
 
 class ImageCache:
-    """Decoded images by path, kept while they fit into the budget."""
+    """Decoded images by path, on the device, kept while they fit into the budget."""
 
-    def __init__(self, source: Source, budget_bytes: int = IMAGE_CACHE_BYTES) -> None:
+    def __init__(self, source: Source, device: torch.device, budget_bytes: int = IMAGE_CACHE_BYTES) -> None:
         self.source = source
+        self.device = device
         self.num_free_bytes = budget_bytes
         self.images: dict[str, Tensor] = {}
 
     def read(self, path: str) -> Tensor:
-        """(3, H, W) uint8."""
+        """(3, H, W) uint8 on the device."""
         image = self.images.get(path)
         if image is None:
-            image = self.source.read(path)
+            image = move(self.source.read(path), self.device)
             if image.nbytes <= self.num_free_bytes and path not in self.images:
                 self.num_free_bytes -= image.nbytes
                 self.images[path] = image
         return image
 
 
-def train_end_to_end(task: Task, worker: Worker, model: Classifier, dtype: torch.dtype, phases: Phases) -> Fitted:
+def train_end_to_end(task: Task, worker: Worker, model: Classifier, phases: Phases) -> Fitted:
     """The loop for `layer4` and `all`: every epoch through the whole model."""
     model.to(device=worker.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     parameters = set_trainable(model, task.config.trainable)
-    cache = ImageCache(task.dataset.source)
+    cache = ImageCache(task.dataset.source, worker.device)
     with phases.measure("data"):
-        warm(cache, [*task.dataset.train, *task.dataset.val], worker.device)
+        warm(cache, [*task.dataset.train, *task.dataset.val])
     with phases.measure("train"):
-        history, num_images = train_epochs(task, worker, model, parameters, cache, dtype)
-        val_logits = evaluate(model, task.dataset.val, cache, task.preprocessing, worker, dtype)
+        state, num_images = train_epochs(task, worker, model, parameters, cache)
+        val_logits = evaluate(task, worker, model, cache).cpu()
     shards = gather(val_logits)
     return Fitted(
-        history, interleave(shards, worker) if shards else val_logits, num_images, has_reused_features=False
+        state.history,
+        interleave(shards, worker) if shards else val_logits,
+        num_images,
+        num_skipped_steps=state.num_skipped_steps,
     )
 
 
-def autocast(worker: Worker, dtype: torch.dtype) -> torch.autocast:
+def autocast(task: Task, worker: Worker) -> torch.autocast:
     """Around one forward pass and its loss: until it ends, autocast computes with the copies of the weights that it
     made first, so that around several steps it would train on stale ones."""
-    return torch.autocast(worker.device.type, dtype, enabled=dtype != torch.float32)
+    return torch.autocast(worker.device.type, DTYPES[task.precision], enabled=task.precision != "fp32")
 
 
 def train_epochs(
-    task: Task,
-    worker: Worker,
-    model: Classifier,
-    parameters: list[nn.Parameter],
-    cache: ImageCache,
-    dtype: torch.dtype,
-) -> tuple[list[dict[str, float]], int]:
-    """Adam and StepLR over all epochs, end to end; the weights stay in fp32, whatever `dtype` the passes run in.
+    task: Task, worker: Worker, model: Classifier, parameters: list[nn.Parameter], cache: ImageCache
+) -> tuple[SavedState, int]:
+    """Adam and StepLR over all epochs, end to end; the weights stay in fp32, whatever precision the passes run in.
 
-    Returns: one history row an epoch, the same on every worker; how many training images this worker computed.
+    In fp16 the loss is scaled, so that small gradients do not vanish. Where the scaled ones overflow on any worker
+    they do on all, once they are summed: no worker takes that step, and the scale is halved.
+
+    Returns: the state after the last epoch, with one history row an epoch, the same on every worker; how many
+        training images this worker computed.
     """
     config, dataset = task.config, task.dataset
-    optimizer = torch.optim.Adam(parameters, lr=config.lr)
+    optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
-    state = SavedState(task, parameters, optimizer, scheduler)
-    history, num_images = state.restore(worker), 0
+    scaler = torch.amp.GradScaler(worker.device.type, LOSS_SCALE, enabled=task.precision == "fp16")
+    state = SavedState(task, parameters, optimizer, scheduler, scaler)
+    state.restore(worker)
+    groups, num_images = row_groups(dataset.source, dataset.train), 0
     forward = DistributedDataParallel(model, forward_sync_buffers=False) if dist.is_initialized() else model
-    epochs = range(len(history), config.epochs)
+    epochs = range(len(state.history), config.epochs)
     tell_left(task.run, len(epochs), worker)
     for epoch in progress(epochs, len(epochs), "training", "epoch", worker):
-        lr = optimizer.param_groups[0]["lr"]
-        sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
-        for batch, labels, global_count in train_batches(task, worker, epoch, cache):
-            with autocast(worker, dtype):
+        lr, num_taken = optimizer.param_groups[0]["lr"], state.num_taken_steps()
+        sums, num_steps = torch.zeros(3, dtype=torch.float64, device=worker.device), 0
+        order = epoch_order(config.seed, epoch, groups).tolist()
+        for batch, labels, global_count in train_batches(task, worker, epoch, order, cache):
+            with autocast(task, worker):
                 logits = forward(batch)
                 # DistributedDataParallel averages over workers; the loss is a mean over the global batch.
                 loss = cross_entropy(logits, labels, reduction="sum") * (worker.world_size / global_count)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             sums += metrics.batch_sums(logits, labels)
             num_images += len(labels)
+            num_steps += 1
+        num_skipped = num_steps - (state.num_taken_steps() - num_taken)
+        if num_skipped == num_steps and worker.rank == 0:
+            logger.warning("epoch %d: all steps overflowed in fp16 and were skipped; use bf16 or fp32", epoch)
         scheduler.step()
-        val_logits = evaluate(model, dataset.val, cache, task.preprocessing, worker, dtype)
-        val_sums = metrics.batch_sums(val_logits, labels_of(shard(dataset.val, worker))).to(worker.device)
-        train_loss, train_accuracy = metrics.divide(all_reduce_sum(sums))
-        val_loss, val_accuracy = metrics.divide(all_reduce_sum(val_sums))
-        history.append(
-            {
-                "epoch": epoch,
-                "lr": lr,
-                "train/loss": train_loss,
-                "train/accuracy": train_accuracy,
-                "val/loss": val_loss,
-                "val/accuracy": val_accuracy,
-            }
-        )
+        val_logits = evaluate(task, worker, model, cache)
+        val_labels = move(labels_of(shard(dataset.val, worker)), worker.device)
+        val_sums = metrics.batch_sums(val_logits, val_labels)
+        figures = chain(*(metrics.divide(all_reduce_sum(found)) for found in (sums, val_sums)))
+        state.add_epoch({"epoch": epoch, **dict(zip(FIGURES, (lr, *figures), strict=True))}, num_skipped)
         if worker.rank == 0:
-            state.save(history, is_last=epoch == config.epochs - 1)
-    return history, num_images
+            state.save(is_last=epoch == config.epochs - 1)
+    return state, num_images
 
 
-def train_batches(task: Task, worker: Worker, epoch: int, cache: ImageCache) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """This worker's part of each global batch, made ahead by threads: (B, 3, S, S), (B,), global count.
+def train_batches(
+    task: Task, worker: Worker, epoch: int, order: Sequence[int], cache: ImageCache
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """This worker's part of each global batch, its images read ahead by threads: (B, 3, S, S), (B,), global count.
 
     A worker without images in a batch gets B = 0, and takes part with a loss of zero.
     """
     config, samples = task.config, task.dataset.train
     view_index = epoch % (config.num_views or config.epochs)
-    order = epoch_order(config.seed, epoch, len(samples))
 
-    def load(start: int) -> tuple[Tensor, Tensor, int]:
-        whole = order[start : start + config.global_batch_size]
-        mine = [samples[i] for i in batch_share(whole, worker)]
-        images = [cache.read(sample.path) for sample in mine]
-        views = [
-            draw_view(config.seed, view_index, sample.path, image.shape[1], image.shape[2])
-            for sample, image in zip(mine, images, strict=True)
-        ]
-        batch = train_batch(images, views, task.preprocessing, worker.device)
-        return batch, labels_of(mine).to(worker.device), len(whole)
+    def load(index: int) -> tuple[Tensor, View]:
+        image, path = cache.read(samples[index].path), samples[index].path
+        view = draw_view(config.seed, view_index, path, *image.shape[1:])
+        return make_views(image, [view], config.image_size), view
 
-    yield from prefetch(load, range(0, len(order), config.global_batch_size), num_ahead=2, device=worker.device)
+    size = config.global_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    shares = [batch_share(whole, worker) for whole in batches]
+    loaded = prefetch(load, chain(*shares), num_ahead=2 * len(shares[0]), device=worker.device)
+    for whole, mine in zip(batches, shares, strict=True):
+        inputs = join(list(islice(loaded, len(mine))), task, worker)
+        labels = labels_of([samples[index] for index in mine])
+        yield inputs, move(labels, worker.device), len(whole)
+
+
+def join(loaded: Sequence[tuple[Tensor, View]], task: Task, worker: Worker) -> Tensor:
+    """Pictures (1, 3, S, S) and their views as the model's input, (B, 3, S, S); B may be 0."""
+    size = task.preprocessing.image_size
+    none = torch.empty((0, 3, size, size), dtype=torch.uint8, device=worker.device)
+    is_flipped = torch.tensor([view.is_flipped for _, view in loaded], dtype=torch.bool)
+    return to_input(
+        torch.cat([none, *(picture for picture, _ in loaded)]), move(is_flipped, worker.device), task.preprocessing
+    )
 
 
 @torch.inference_mode()
-def evaluate(
-    model: Classifier,
-    samples: Sequence[Sample],
-    cache: ImageCache,
-    preprocessing: Preprocessing,
-    worker: Worker,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(n, C) logits on the CPU of this worker's share of the samples."""
-    mine = shard(samples, worker)
-    logits = [torch.zeros((0, model.head.out_features))]
-    for start in range(0, len(mine), EVAL_BATCH_SIZE_PER_WORKER):
-        images = [cache.read(sample.path) for sample in mine[start : start + EVAL_BATCH_SIZE_PER_WORKER]]
-        with autocast(worker, dtype):
-            outputs = model(eval_batch(images, preprocessing, worker.device))
-        logits.append(outputs.float().cpu())
+def evaluate(task: Task, worker: Worker, model: Classifier, cache: ImageCache) -> Tensor:
+    """(n, C) logits on the device of this worker's share of the validation images."""
+
+    def load(sample: Sample) -> tuple[Tensor, View]:
+        image = cache.read(sample.path)
+        view = whole_image(*image.shape[1:])
+        return make_views(image, [view], task.preprocessing.image_size), view
+
+    mine = shard(task.dataset.val, worker)
+    loaded = prefetch(load, mine, num_ahead=2 * EVAL_BATCH_SIZE_PER_WORKER, device=worker.device)
+    logits = [torch.zeros((0, model.head.out_features), device=worker.device)]
+    while batch := list(islice(loaded, EVAL_BATCH_SIZE_PER_WORKER)):
+        with autocast(task, worker):
+            logits.append(model(join(batch, task, worker)).float())
     return torch.cat(logits)
 
 
-def warm(cache: ImageCache, samples: Sequence[Sample], device: torch.device) -> None:
+def warm(cache: ImageCache, samples: Sequence[Sample]) -> None:
     """Decodes images ahead of the first epoch until the cache's budget is spent."""
-    for image in prefetch(lambda sample: cache.read(sample.path), samples, num_ahead=8, device=device):
+    for image in prefetch(lambda sample: cache.read(sample.path), samples, num_ahead=8, device=cache.device):
         if image.nbytes > cache.num_free_bytes:
             return

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from functools import partial
 from itertools import chain
-from math import nan
 
 import pyarrow as pa
 import torch
 
+from plates.dataset import row_groups
+from plates.device import fits
 from plates.features import (
     Features,
     FrozenTrunk,
@@ -19,8 +20,8 @@ from plates.features import (
     load_features,
     save_features,
 )
-from plates.head import Heads, HeadSettings, fit_heads
-from plates.model import Classifier, dtype_name
+from plates.head import HeadSettings, fit_heads
+from plates.model import Classifier
 from plates.parts import Parts, read_part
 from plates.storage import Place
 from plates.timing import Phases
@@ -30,40 +31,41 @@ from plates.train_loop.task import Fitted, Task
 MAX_TRIES = 3  # to gather the parts of all workers
 
 
-def train_head(task: Task, worker: Worker, model: Classifier, dtype: torch.dtype, phases: Phases) -> Fitted:
+def train_head(task: Task, worker: Worker, model: Classifier, phases: Phases) -> Fitted:
     """The head alone: the group computes the trunk's features once, rank 0 fits the head on them.
 
     With the trunk frozen this is the same head as training end to end over the same views, to rounding.
     """
     config, dataset = task.config, task.dataset
     with phases.measure("train"):
-        features, is_reused = shared_features(task, worker, model, dtype)
+        features, is_reused = shared_features(task, worker, model)
         history: list[dict[str, float]] = []
         val_logits = torch.zeros(0)
         if features is not None:
             settings = HeadSettings(
                 lr=config.lr, step_size=config.step_size, gamma=config.gamma, indices=range(len(dataset.train))
             )
+            device = worker.device if fits(features.train, worker.device) else torch.device("cpu")
+            labels, val_labels = labels_of(dataset.train), labels_of(dataset.val)
             heads = fit_heads(
-                features.train,
-                labels_of(dataset.train),
+                features.train.to(device),
+                labels.to(device),
                 [settings],
-                (model.head.weight.detach(), model.head.bias.detach()),
+                (model.head.weight.detach().to(device), model.head.bias.detach().to(device)),
                 epochs=config.epochs,
                 global_batch_size=config.global_batch_size,
                 seed=config.seed,
-                evaluation=(features.val, labels_of(dataset.val)),
+                groups=row_groups(dataset.source, dataset.train),
+                evaluation=(features.val.to(device), val_labels.to(device)),
             )
             model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
             val_logits = heads.logits(features.val)[0]
-            history = history_of(heads)
+            history = heads.history(0)
     num_images = len(shard(dataset.train, worker)) * config.epochs
     return Fitted(history, val_logits, num_images, is_reused)
 
 
-def shared_features(
-    task: Task, worker: Worker, model: Classifier, dtype: torch.dtype
-) -> tuple[Features | None, bool]:
+def shared_features(task: Task, worker: Worker, model: Classifier) -> tuple[Features | None, bool]:
     """All features on rank 0 (None on the others), stored or computed now, each worker its share of the images.
 
     Returns: the features, and whether they, or a part of them, were stored before.
@@ -74,7 +76,7 @@ def shared_features(
         "backbone": task.weights.backbone,
         "seed": config.seed,
         "num_views": num_views,
-        "precision": dtype_name(dtype),
+        "precision": task.precision,
         "device": worker.device.type,
     }
     key = features_key(task.digests, (dataset.train, dataset.val), task.weights.state, task.preprocessing, described)
@@ -84,7 +86,7 @@ def shared_features(
     if broadcast(stored is not None):
         tell_left(task.run, 0, worker)
         return stored, True
-    trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, dtype)
+    trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, task.precision)
     with closing(Parts(task.cache_root / "features", key)) as parts:
         is_continued = compute_parts(task, worker, trunk, parts)
         for _ in range(MAX_TRIES):
@@ -128,8 +130,8 @@ def compute_parts(task: Task, worker: Worker, trunk: FrozenTrunk, parts: Parts) 
         config.seed,
         config.num_views or config.epochs,
     )
-    bar = progress(views, len(missing_train), f"features in {dtype_name(trunk.dtype)}", "image", worker)
-    evals = compute_eval(trunk, dataset.source, [samples[i] for i in missing_val])
+    bar = progress(views, len(missing_train), f"features in {task.precision}", "image", worker)
+    evals = compute_eval(trunk, dataset.source, [samples[i].path for i in missing_val])
     for index, row in zip([*missing_train, *missing_val], chain(bar, evals), strict=True):
         parts.add(index, row)
     return bool(known)
@@ -141,18 +143,3 @@ def gather_parts(parts: Parts) -> Iterator[pa.Table]:
     for turn in range(max(all_gather(len(reads)))):
         tables = gather(reads[turn]() if turn < len(reads) else None)
         yield from (table for table in tables if table is not None and len(table))
-
-
-def history_of(heads: Heads, head: int = 0) -> list[dict[str, float]]:
-    """One row an epoch of one head; figures of a split that was not scored are missing."""
-    columns = {
-        "lr": heads.lr,
-        "train/loss": heads.train_loss,
-        "train/accuracy": heads.train_accuracy,
-        "val/loss": heads.eval_loss,
-        "val/accuracy": heads.eval_accuracy,
-    }
-    return [
-        {"epoch": epoch, **{name: float(values[epoch][head]) if values else nan for name, values in columns.items()}}
-        for epoch in range(len(heads.lr))
-    ]

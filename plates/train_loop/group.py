@@ -28,7 +28,7 @@ class Worker:
     world_size: int
     device: torch.device
     is_ray: bool
-    threads: tuple[int, ...] = (1,)
+    threads: tuple[int, ...]
 
     @property
     def num_threads(self) -> int:

@@ -16,7 +16,7 @@ from plates.transforms import Preprocessing
 
 # Where a run lies and what computes it: the result is the same, to rounding.
 NO_RESULT = {"data", "out", "backbone", "weights", "num_workers", "device", "cpus_per_worker", "skip_unreadable",
-             "wait_for_nodes_s"}  # fmt: skip
+             "wait_for_nodes_s", "precision"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Task:
     dataset: Dataset
     weights: Weights
     preprocessing: Preprocessing
+    precision: str  # fp32, bf16 or fp16, of the whole group
     digests: dict[str, str]
     cache_root: Place
     run: Place
@@ -43,6 +44,7 @@ def task_key(task: Task) -> str:
         "backbone": task.weights.backbone,
         "weights": hash_weights(task.weights.state),
         "preprocessing": task.preprocessing.to_dict(),
+        "precision": task.precision,
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
@@ -55,7 +57,8 @@ class Fitted:
     history: list[dict[str, float]]
     val_logits: Tensor
     num_images: int
-    has_reused_features: bool
+    has_reused_features: bool = False
+    num_skipped_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,5 +69,5 @@ class Trained:
     history: list[dict[str, float]]
     val_logits: Tensor
     timings: list[dict[str, Any]]
-    precision: str
     has_reused_features: bool
+    num_skipped_steps: int

@@ -19,9 +19,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from plates.features import VIEWS_PER_FORWARD
+from plates.device import CPU_BATCH_SIZE, DTYPES, best_precision, set_up_process
 from plates.images import decode
-from plates.model import build_trunk, fast_trunk, resolve_precision
+from plates.model import build_trunk, fast_trunk
 
 NUM_FORWARDS = {"train_100_views": 100 * 32 + 8, "train_20_views": 20 * 32 + 8}
 
@@ -29,9 +29,11 @@ NUM_FORWARDS = {"train_100_views": 100 * 32 + 8, "train_20_views": 20 * 32 + 8}
 def bare_rate(num_batches: int = 12) -> float:
     """Images/s of the trunk on a tensor in memory, at the precision and batch that the project uses."""
     device = torch.device("cpu")
-    dtype = resolve_precision("auto", device, "resnet18")
+    precision = best_precision(device)
+    set_up_process(device, precision, torch.get_num_threads())
+    dtype = DTYPES[precision]
     trunk = fast_trunk(build_trunk("resnet18")[0], device, dtype)
-    batch = torch.randn(VIEWS_PER_FORWARD, 3, 224, 224).to(dtype).contiguous(memory_format=torch.channels_last)
+    batch = torch.randn(CPU_BATCH_SIZE, 3, 224, 224).to(dtype).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         trunk(batch)
         start_s = time.perf_counter()

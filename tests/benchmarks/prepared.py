@@ -24,8 +24,9 @@ from torch import Tensor
 
 from plates.config import TrainConfig
 from plates.dataset import Dataset, load_dataset
+from plates.device import best_precision, set_up_process
 from plates.features import FrozenTrunk, compute_eval
-from plates.model import build_classifier, preprocessing_of, resolve_precision, resolve_weights, set_trainable
+from plates.model import build_classifier, preprocessing_of, resolve_weights, set_trainable
 from plates.train_loop.end_to_end import ImageCache, train_epochs
 from plates.train_loop.group import Worker
 from plates.trainer import make_task
@@ -73,21 +74,23 @@ def speeds(packed: Path, run_folder: Path, order: list[str]) -> dict[str, float]
     sources = {"shards": dataset, "memory": replace(dataset, source=MemorySource(dataset))}
     weights = resolve_weights("resnet18", "none", 0)
     preprocessing = preprocessing_of("resnet18", 224)
-    dtype = resolve_precision("auto", CPU, "resnet18")
+    precision, num_threads = best_precision(CPU), torch.get_num_threads()
+    set_up_process(CPU, precision, num_threads)
     measured = {}
     for name in order:
         data = sources[name]
         model = build_classifier("resnet18", weights.state, 2, 0)
-        trunk = FrozenTrunk(model.trunk, preprocessing, CPU, dtype)
+        trunk = FrozenTrunk(model.trunk, preprocessing, CPU, precision)
         start_s = time.perf_counter()
-        assert len(list(compute_eval(trunk, data.source, data.train))) == len(data.train)
+        assert len(list(compute_eval(trunk, data.source, [s.path for s in data.train]))) == len(data.train)
         measured[f"head {name}"] = len(data.train) / (time.perf_counter() - start_s)
         task = make_task(config, data, dict.fromkeys((s.path for s in data.train + data.val), ""), weights,
-                         preprocessing, run_folder / name)  # fmt: skip
+                         preprocessing, precision, run_folder / name)  # fmt: skip
         model = build_classifier("resnet18", weights.state, 2, 0)
         parameters = set_trainable(model.to(memory_format=torch.channels_last), "layer4")
         start_s = time.perf_counter()
-        train_epochs(task, Worker(0, 1, CPU, is_ray=False), model, parameters, ImageCache(data.source, 0), dtype)
+        worker = Worker(0, 1, CPU, is_ray=False, threads=(num_threads,))
+        train_epochs(task, worker, model, parameters, ImageCache(data.source, CPU, 0))
         measured[f"layer4 {name}"] = len(data.train) / (time.perf_counter() - start_s)
     return measured
 

@@ -20,6 +20,7 @@ from plates import features
 from plates.checkpoint import Bundle
 from plates.cluster import Plan
 from plates.dataset import FolderSource, check_dataset, load_dataset
+from plates.device import best_precision
 from plates.features import FrozenTrunk, compute_eval, compute_views
 from plates.head import HeadSettings, fit_heads
 from plates.model import (
@@ -27,7 +28,6 @@ from plates.model import (
     build_trunk,
     fold_batch_norm,
     preprocessing_of,
-    resolve_precision,
     resolve_weights,
 )
 from plates.parts import Parts, read_part
@@ -46,10 +46,10 @@ def train_whole_loop(config, tmp_path):
     dataset, _, digests = check_dataset(load_dataset(config.data, config.seed), False)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    task = make_task(config, dataset, digests, weights, preprocessing, tmp_path)
+    task = make_task(config, dataset, digests, weights, preprocessing, "fp32", tmp_path)
     model = build_classifier(weights.backbone, weights.state, len(dataset.classes), config.seed)
-    worker = Worker(0, 1, CPU, is_ray=False)
-    fitted = train_end_to_end(task, worker, model, torch.float32, Phases())
+    worker = Worker(0, 1, CPU, is_ray=False, threads=(2,))
+    fitted = train_end_to_end(task, worker, model, Phases())
     return model, fitted
 
 
@@ -154,13 +154,13 @@ def test_stored_features_come_back_exactly(tmp_path, monkeypatch):
 def test_each_image_gets_its_own_rows_whatever_the_batches(num_views, folder):
     """Views fill batches of 32 across images; rows must come back to the image that they are of."""
     dataset = load_dataset(str(folder), 0)
-    trunk = FrozenTrunk(build_trunk("resnet18")[0], preprocessing_of("resnet18", 32), CPU, torch.float32)
+    trunk = FrozenTrunk(build_trunk("resnet18")[0], preprocessing_of("resnet18", 32), CPU, "fp32")
     rows = list(compute_views(trunk, dataset.source, dataset.train, 0, num_views))
     assert [row.shape for row in rows] == [(num_views, 512)] * 13
     for index in (0, 6, 12):
         (alone,) = compute_views(trunk, dataset.source, dataset.train[index : index + 1], 0, num_views)
         assert torch.allclose(rows[index], alone, atol=1e-4)
-    assert len(list(compute_eval(trunk, dataset.source, dataset.val))) == 4
+    assert len(list(compute_eval(trunk, dataset.source, [sample.path for sample in dataset.val]))) == 4
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "efficientnet_lite0"])
@@ -197,18 +197,12 @@ def test_automatic_precision_keeps_the_predictions_of_the_real_photos(photos, tm
     dataset = load_dataset(str(photos), 0)
     preprocessing = preprocessing_of("resnet18", 224)
     labels = []
-    for precision in ("fp32", "auto"):
+    for precision in ("fp32", best_precision(CPU)):
         trained = train_on(0, replace(config, precision=precision), tmp_path)
         bundle = Bundle("resnet18", dataset.classes, preprocessing, trained.state, {})
         samples = dataset.test[::2]
         labels.append(predict(bundle, dataset.source, samples, Plan(0, "cpu", 2, "test"), precision).table["label"])
     assert (labels[0] != labels[1]).mean() <= 1 / 200
-
-
-def test_automatic_precision_spares_the_sensitive_backbone():
-    assert resolve_precision("auto", CPU, "efficientnet_lite0") == torch.float32
-    assert resolve_precision("bf16", CPU, "efficientnet_lite0") == torch.bfloat16
-    assert resolve_precision("auto", CPU, "resnet18") in (torch.bfloat16, torch.float32)
 
 
 def test_fitting_heads_does_not_depend_on_stored_layout():

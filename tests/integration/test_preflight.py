@@ -9,7 +9,7 @@ from plates import rundir
 from plates.cluster import Plan
 from plates.config import TrainConfig
 from plates.dataset import load_dataset
-from plates.model import dtype_name, resolve_precision
+from plates.device import best_precision
 from plates.preflight import probe_nodes
 from ray_jobs import check, train
 
@@ -38,7 +38,7 @@ def test_nodes_write_inside_the_run_directory_and_nothing_stays(tmp_path):
         before = set(tmp_path.rglob("*"))
         (probe,) = probe_nodes(HERE, dataset, run)
         assert probe.problems == ()
-        assert probe.precision == dtype_name(resolve_precision("auto", torch.device("cpu"), "resnet18"))
+        assert probe.precision == best_precision(torch.device("cpu"))
         inside = [path for path in source.seen[-1] if path.startswith(f"{run.relative_to(tmp_path).as_posix()}/.")]
         assert len(inside) >= 2
         for path in set(source.seen[-1]) - set(inside):

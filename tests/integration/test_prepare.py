@@ -1,15 +1,25 @@
 """A packed data set: the same images, splits and results as what it was packed from."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_features import train_whole_loop
+from test_train import CONFIG, train_on
 
 from plates import shards
-from plates.dataset import load_dataset
+from plates.dataset import load_dataset, row_groups
+from plates.head import epoch_order
+from plates.model import preprocessing_of, resolve_weights
+from plates.train_loop.end_to_end import ImageCache, train_batches
+from plates.train_loop.group import Worker
+from plates.trainer import make_task
 from ray_jobs import prepare, train
+
+PREPROCESSING = preprocessing_of("resnet18", 32)
 
 SMALL = ["--backbone", "resnet18", "--weights", "none", "--image-size", "32", "--epochs", "2", "--precision", "fp32"]
 
@@ -49,6 +59,47 @@ def test_a_shard_may_be_empty(folder, tmp_path, monkeypatch):
     (folder / "test" / "3.jpg").write_bytes(b"no image")
     assert prepare.main(["--data", str(folder), "--out", str(tmp_path / "a"), "--num-workers", "0"]) == 3
     assert len(load_dataset(str(tmp_path / "a"), 0).test) == 6
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_reads_each_row_group_about_once(world_size, tmp_path, monkeypatch):
+    """Of layer4 and all, by each worker, where no decoded image is kept."""
+    packed, reads = tmp_path / "packed", []
+    assert prepare.main(["--data", "synthetic:180", "--out", str(packed), "--num-workers", "0"]) == 0
+    read_row_group = pq.ParquetFile.read_row_group
+
+    def count(self, number, *arguments, **options):
+        reads.append(number)
+        return read_row_group(self, number, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", count)
+    dataset = load_dataset(str(packed), 0)
+    config = replace(CONFIG, data=str(packed), image_size=32, global_batch_size=8)
+    task = make_task(config, dataset, {}, resolve_weights("resnet18", "none", 0), PREPROCESSING, "fp32", tmp_path)
+    order = epoch_order(0, 0, row_groups(dataset.source, dataset.train)).tolist()
+    for rank in range(world_size):
+        shards.row_group.cache_clear()
+        reads.clear()
+        worker = Worker(rank, world_size, torch.device("cpu"), is_ray=False, threads=(2,) * world_size)
+        cache = ImageCache(dataset.source, worker.device, budget_bytes=0)
+        num_images = sum(len(labels) for _, labels, _ in train_batches(task, worker, 0, order, cache))
+        assert num_images == 150 / world_size
+        assert len(set(reads)) > 40
+        assert len(reads) <= 1.2 * 50
+
+
+def test_on_shards_the_head_from_features_is_the_head_end_to_end(folder, tmp_path, monkeypatch):
+    """Thirteen row groups are more than an epoch mixes at once: both ways take the images in the same order."""
+    monkeypatch.setattr(shards, "IMAGES_PER_ROW_GROUP", 1)
+    packed = tmp_path / "packed"
+    assert prepare.main(["--data", str(folder), "--out", str(packed), "--num-workers", "0"]) == 0
+    config = replace(CONFIG, data=str(packed), epochs=3)
+    model, fitted = train_whole_loop(config, tmp_path)
+    trained = train_on(0, config, tmp_path)
+    assert torch.allclose(trained.val_logits, fitted.val_logits, atol=1e-4)
+    assert torch.allclose(trained.state["head.weight"], model.head.weight, atol=1e-4)
+    from_folder = train_on(0, replace(config, data=str(folder)), tmp_path)
+    assert not torch.allclose(trained.state["head.weight"], from_folder.state["head.weight"], atol=1e-6)
 
 
 @pytest.mark.slow

@@ -192,6 +192,18 @@ def test_the_home_of_nobody_is_said(capsys):
     assert "--data ~no-such-user-here/photos: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--data", "--out", "--weights"])
+def test_a_place_that_cannot_be_named_or_looked_up_is_one_line(flag, tmp_path, monkeypatch, capsys):
+    """Before anything is computed: the report, tables and Arrow take UTF-8 alone."""
+    monkeypatch.chdir(tmp_path)
+    names = {os.fsdecode(b"caf\xe9"): "its name is not UTF-8; rename it", "x" * 300: "File name too long"}
+    for name, reason in names.items():
+        assert train.main(["--num-workers", "0", flag, name]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"plates train: {flag} ")
+        assert reason in message
+
+
 def test_a_preflight_in_s3_leaves_no_file(bucket):
     run, cache = UriPath(f"{bucket}/preflight/run"), UriPath(f"{bucket}/preflight/cache")
     (probe,) = probe_nodes(Plan(0, "cpu", 1, "test"), load_dataset("synthetic:8", 0), run, cache)

@@ -12,6 +12,7 @@ from plates.checkpoint import Bundle
 from plates.cluster import Plan
 from plates.config import TrainConfig
 from plates.dataset import check_dataset, load_dataset, load_test_split
+from plates.device import best_precision, decide_precision, devices_here
 from plates.metrics import score
 from plates.model import preprocessing_of, resolve_weights
 from plates.predict import predict
@@ -37,7 +38,9 @@ def train_on(num_workers: int, config: TrainConfig, run) -> Trained:
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     plan = Plan(num_workers, "cpu", 1, "test")
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    return run_loop(train, make_task(config, dataset, digests, weights, preprocessing, run), plan)
+    best = [best_precision(device) for device in devices_here("cpu")]
+    precision = decide_precision(config.precision, weights.backbone, "cpu", best)
+    return run_loop(train, make_task(config, dataset, digests, weights, preprocessing, precision, run), plan)
 
 
 def assert_same(one: Trained, other: Trained, tolerance: float) -> None:
@@ -214,7 +217,13 @@ def test_a_worker_that_cannot_read_the_data_is_named(folder, tmp_path, local_ray
     (folder / "train" / "dirty" / "1.png").unlink()
     weights = resolve_weights("resnet18", "none", 0)
     task = make_task(
-        replace(CONFIG, data=str(folder)), dataset, digests, weights, preprocessing_of("resnet18", 32), tmp_path
+        replace(CONFIG, data=str(folder)),
+        dataset,
+        digests,
+        weights,
+        preprocessing_of("resnet18", 32),
+        "fp32",
+        tmp_path,
     )
     with pytest.raises(UserError, match="a worker cannot read an image"):
         run_loop(train, task, Plan(2, "cpu", 1, "test"))

@@ -81,6 +81,13 @@ def test_one_machine_runs_in_this_process():
     assert isinstance(plan, Plan)
 
 
+def test_this_process_takes_the_cpus_asked_for(monkeypatch):
+    monkeypatch.setattr(cluster, "num_usable_cpus", lambda: 4)
+    assert [plan_job(0, "cpu", wanted).cpus_per_worker for wanted in (None, 1, 4)] == [4, 1, 4]
+    with pytest.raises(UserError, match="--cpus-per-worker 5: this process can have 4"):
+        plan_job(0, "cpu", 5)
+
+
 @pytest.mark.skipif(cluster.torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_that_is_not_there_is_an_error():
     with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):

@@ -1,15 +1,16 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
+import joblib
 import pandas as pd
 import pytest
 import torch
-from conftest import write_picture
+from conftest import rights_of_nobody, write_picture
 
 from plates.config import DataConfig, UserError
 from plates.dataset import Sample, check_dataset, check_samples, image_ids, load_dataset, load_test_split
@@ -172,15 +173,21 @@ def test_a_name_that_is_not_utf8_is_listed_as_unreadable(folder):
         load_dataset(str(folder), 0)
 
 
-@contextmanager
-def rights_of_nobody() -> Iterator[None]:
-    """Root may list everything."""
-    me = os.geteuid()
-    os.seteuid(65534 if me == 0 else me)
-    try:
-        yield
-    finally:
-        os.seteuid(me)
+def test_images_are_checked_by_threads_for_the_cpus_of_the_container(monkeypatch):
+    """On a host of 64 CPUs, of which the container has 2: each thread may hold 0.5 GB of pixels."""
+    threads = set()
+
+    class Watching:
+        def check(self, path: str) -> str:
+            threads.add(threading.get_ident())
+            time.sleep(0.01)
+            return path
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    paths = [str(number) for number in range(64)]
+    assert list(check_samples(Watching(), "train", [Sample(path) for path in paths])) == paths
+    assert 2 <= len(threads) <= 6
 
 
 def test_a_folder_that_may_not_be_listed_is_named_where_it_matters(folder):
@@ -195,7 +202,7 @@ def test_a_folder_that_may_not_be_listed_is_named_where_it_matters(folder):
         with rights_of_nobody():
             for load in (load_dataset, load_test_split):
                 for data, named in ((root, within), (whole, whole), (whole / "below", whole)):
-                    with pytest.raises(UserError, match=f"cannot be listed .*Permission denied: '{named}"):
+                    with pytest.raises(UserError, match=f"cannot be (listed|reached) .*Permission denied: '{named}"):
                         load(str(data), 0)
         within.rmdir()
         with rights_of_nobody():

@@ -25,7 +25,7 @@ def fit_with_torch_optim(features, labels, initial, settings: HeadSettings, seed
     indices = torch.tensor(list(settings.indices))
     losses = []
     for epoch in range(EPOCHS):
-        order = indices[torch.tensor(epoch_order(seed, epoch, len(indices)))]
+        order = indices[epoch_order(seed, epoch, torch.zeros(len(indices)))]
         total = 0.0
         for batch in order.split(BATCH):
             loss = cross_entropy(head(features[epoch % V][batch]), labels[batch])
@@ -51,7 +51,7 @@ def test_many_heads_equal_torch_optim_one_by_one():
         head, losses = fit_with_torch_optim(features, labels, initial, one, seed=3)
         assert (heads.weight[index] - head.weight).abs().max() < 1e-5
         assert (heads.bias[index] - head.bias).abs().max() < 1e-5
-        assert [float(loss[index]) for loss in heads.train_loss] == pytest.approx(losses, abs=1e-5)
+        assert [row["train/loss"] for row in heads.history(index)] == pytest.approx(losses, abs=1e-5)
 
 
 def test_one_head_is_the_case_of_one():
@@ -63,6 +63,22 @@ def test_one_head_is_the_case_of_one():
     assert torch.allclose(alone.weight[0], beside.weight[1], atol=1e-6)
 
 
+def test_an_epoch_goes_through_eight_row_groups_at_a_time():
+    groups = torch.arange(200) // 10
+    orders = [epoch_order(0, epoch, groups) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(200))
+        seen = [set(groups[order[start : start + 80]].tolist()) for start in (0, 80, 160)]
+        assert [len(window) for window in seen] == [8, 8, 4]
+        assert groups[order[:80]].tolist() != sorted(groups[order[:80]].tolist())
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+    assert len({tuple(groups[order[:80]].unique().tolist()) for order in orders}) == 3
+
+
+def test_few_row_groups_are_shuffled_as_a_folder_is():
+    assert torch.equal(epoch_order(1, 2, torch.arange(40) // 5), epoch_order(1, 2, torch.zeros(40)))
+
+
 def test_evaluation_scores_every_epoch():
     features, labels, initial = data()
     one = HeadSettings(lr=1e-2, step_size=4, gamma=0.5, indices=range(N))
@@ -70,6 +86,7 @@ def test_evaluation_scores_every_epoch():
         features, labels, [one], initial, epochs=2, global_batch_size=BATCH, seed=0, evaluation=(features[0], labels)
     )
     logits = heads.logits(features[0])[0]
-    assert float(heads.eval_loss[-1][0]) == pytest.approx(float(cross_entropy(logits, labels)), abs=1e-6)
-    assert float(heads.eval_accuracy[-1][0]) == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
-    assert len(heads.eval_loss) == 2
+    assert len(heads.history(0)) == 2
+    last = heads.history(0)[-1]
+    assert last["val/loss"] == pytest.approx(float(cross_entropy(logits, labels)), abs=1e-6)
+    assert last["val/accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))

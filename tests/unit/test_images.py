@@ -120,9 +120,9 @@ def run_python(arguments: list[str], sent: bytes = b"", timeout_s: float = 120) 
     ).stdout
 
 
-@pytest.mark.parametrize("num_files", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_damaged_files_of_every_format_are_decoded_or_refused(num_files):
+def test_damaged_files_of_every_format_are_decoded_or_refused():
     """No crash, no hang, no exception of another kind, and no more memory than healthy files take."""
+    num_files = 2000
     lines = run_python(["-m", "tests.damaged_images", str(num_files), "0"]).splitlines()
     results = [json.loads(line) for line in lines if line.startswith(b"{")]
     assert [result["format"] for result in results] == ["JPEG", "PNG", "GIF", "WebP", "AVIF", "TIFF", "BMP", "HEIF"]

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import rights_of_nobody
 
 from plates import rundir
 from plates.config import BenchmarkConfig, TrainConfig, UserError
@@ -42,6 +44,14 @@ def test_other_files_are_left_alone(tmp_path):
     with pytest.raises(UserError, match="is a file"):
         rundir.find_run(str(tmp_path / "thesis.txt"), "train", CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_directory_that_may_not_be_listed_is_one_line():
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to other users
+        (Path(place) / "run").mkdir(mode=0)
+        Path(place).chmod(0o755)
+        with rights_of_nobody(), pytest.raises(UserError, match=r"--out .*run: cannot be used \(Permission denied"):
+            rundir.find_run(f"{place}/run", "train", CONFIG)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -1,12 +1,15 @@
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from plates import scaling
+from plates import published, scaling
 from plates.config import BenchmarkConfig, UserError
 from plates.dataset import load_dataset
 from plates.published import leave_out_unreadable
@@ -66,6 +69,19 @@ def test_unreadable_images_are_skipped_in_every_row(folder):
     assert len(left.train) == len(dataset.train) - 1
     assert len(left.test) == len(dataset.test) - 1
     assert len(left.val) == len(dataset.val)
+
+
+def test_the_published_loop_takes_the_cpus_of_its_container(monkeypatch, capsys):
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 1)
+    settings = {"data": "synthetic:4", "backbone": "resnet18", "weights": "none", "trainable": "head", "seed": 0}
+    settings |= {"image_size": 32, "device": "cpu", "num_epochs": 1, "skip_unreadable": False}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        published.main([json.dumps(settings)])
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_threads"] == 1
 
 
 def test_a_row_runs_and_keeps_the_text_of_its_predictions(tmp_path, monkeypatch):

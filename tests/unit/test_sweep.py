@@ -163,7 +163,9 @@ def test_where_every_trial_diverged_the_baseline_stays():
 
 def train_fold(val_logits: list[torch.Tensor]) -> Any:
     """Stands for a Ray Train run: the validation logits of the folds, in turn."""
-    return lambda loop, task, plan: Trained({}, [], val_logits.pop(0), [], "fp32", has_reused_features=False)
+    return lambda loop, task, plan: Trained(
+        {}, [], val_logits.pop(0), [], has_reused_features=False, num_skipped_steps=0
+    )
 
 
 def make_task(run: Path, config: TuneConfig = CONFIG) -> Task:
@@ -176,6 +178,7 @@ def make_task(run: Path, config: TuneConfig = CONFIG) -> Task:
         dataset,
         weights,
         Preprocessing(image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        "fp32",
         digests,
         run,
         run,

@@ -1,11 +1,11 @@
 import numpy as np
+import pytest
 import torch
 from torchvision.transforms import v2
 
 from plates.model import preprocessing_of
-from plates.transforms import Preprocessing, View, draw_view, eval_batch, to_picture, train_batch
+from plates.transforms import Preprocessing, View, draw_view, make_views, to_picture, view_batch, whole_image
 
-CPU = torch.device("cpu")
 PREPROCESSING = preprocessing_of("resnet18", image_size=64)
 
 
@@ -13,11 +13,11 @@ def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_train_batch_equals_torchvision_on_the_same_draws():
+def test_views_equal_torchvision_on_the_same_draws():
     images = [picture(80, 120), picture(200, 90, 1), picture(64, 64, 2)]
     views = [draw_view(0, i, "a.jpg", *image.shape[1:]) for i, image in enumerate(images)]
     views[0] = View(3, 5, 40, 60, True)
-    batch = train_batch(images, views, PREPROCESSING, CPU)
+    batch = view_batch(images, views, PREPROCESSING)
     for model_input, image, view in zip(batch, images, views, strict=True):
         cropped = v2.functional.resized_crop(
             image, view.top, view.left, view.height, view.width, [64, 64], antialias=True
@@ -29,7 +29,7 @@ def test_train_batch_equals_torchvision_on_the_same_draws():
         assert (model_input - rest(flipped)).abs().max() < 1e-5
 
 
-def test_eval_batch_equals_torchvision():
+def test_the_whole_image_equals_torchvisions_resize():
     images = [picture(80, 120), picture(30, 33, 1)]
     reference = v2.Compose(
         [
@@ -38,12 +38,20 @@ def test_eval_batch_equals_torchvision():
             v2.Normalize(PREPROCESSING.mean, PREPROCESSING.std),
         ]
     )
-    batch = eval_batch(images, PREPROCESSING, CPU)
+    batch = view_batch(images, [whole_image(*image.shape[1:]) for image in images], PREPROCESSING)
     assert (batch - torch.stack([reference(image) for image in images])).abs().max() < 1e-5
 
 
-def test_an_empty_batch_keeps_its_shape():
-    assert train_batch([], [], PREPROCESSING, CPU).shape == (0, 3, 64, 64)
+@pytest.mark.parametrize("shape", [(256, 341), (1000, 700), (40, 30), (2, 500)])
+def test_the_way_of_devices_without_a_kernel_for_bytes_gives_the_same_pictures(shape):
+    """On CUDA views are made in float32; here the same lines run on a float32 tensor of the CPU."""
+    image = picture(*shape)
+    views = [whole_image(*shape), *(draw_view(0, index, "a.jpg", *shape) for index in range(20))]
+    ours, theirs = (make_views(pixels, views, 64) for pixels in (image, image.float()))
+    assert ours.dtype == theirs.dtype == torch.uint8
+    difference = (ours.int() - theirs.int()).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.5
 
 
 def test_a_view_is_a_function_of_seed_index_and_path():
@@ -77,5 +85,5 @@ def test_views_lie_inside_images_of_any_shape():
 def test_preprocessing_survives_json_and_pictures_survive_normalisation():
     assert Preprocessing.from_dict(PREPROCESSING.to_dict()) == PREPROCESSING
     image = picture(64, 64)
-    shown = to_picture(eval_batch([image], PREPROCESSING, CPU)[0], PREPROCESSING)
+    shown = to_picture(view_batch([image], [whole_image(64, 64)], PREPROCESSING)[0], PREPROCESSING)
     assert np.array_equal(shown, image.permute(1, 2, 0).numpy())

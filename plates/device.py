@@ -1,0 +1,133 @@
+"""The device of a process: its switches, the precision that it computes in, and the way of tensors to it and back."""
+
+import ctypes
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEAST_ABLE_FIRST = ("fp32", "fp16", "bf16")  # what every device of a group computes well is what the first one does
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+CPU_BATCH_SIZE = 32
+CUDA_BATCH_SIZE, CUDA_TRIAL_SIZE = 256, 8
+NUM_BEHIND = 2  # batches that a device is ahead of the host that reads its results
+
+
+def set_up_process(device: torch.device, precision: str, num_threads: int) -> None:
+    """The process-wide switches, set once where a worker's work begins: threads, TF32, cuDNN's choice of algorithms,
+    and on CPUs how glibc keeps memory.
+
+    TF32 is off in fp32, in convolutions too, where torch has it on, and on in the lower precisions.
+    """
+    torch.set_num_threads(num_threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.benchmark = True
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what tensors free; elsewhere nothing is changed.
+
+    By default blocks above 32 MiB go back to the kernel and are faulted in again at every layer: on 2 cores of an AMD
+    EPYC (AVX-512), EfficientNet-Lite0 in fp32 ran at 58-95 images/s so, and at 140 with this (torch 2.14, batch 32).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_TOP_PAD, 1 << 26)
+
+
+def best_precision(device: torch.device) -> str:
+    """The lowest precision that the device multiplies in hardware and that keeps a ResNet's predictions.
+
+    bf16 on a CPU with AVX-512 BF16 or AMX and on CUDA from compute capability 8.0; else fp32 on CPUs, fp16 on CUDA.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def devices_here(kind: str) -> list[torch.device]:
+    """Every device of a kind (cpu, cuda) of this machine."""
+    return [torch.device(kind, index) for index in range(torch.cuda.device_count() if kind == "cuda" else 1)]
+
+
+def decide_precision(asked: str, backbone: str, device: str, best: Sequence[str]) -> str:
+    """The one precision of a group of workers: as --precision asks, for auto that of its least able device.
+
+    EfficientNet-Lite0 is more sensitive: trained and applied in bf16 it gave 3 of 372 real photos another class than
+    in fp32 (ResNet18: none), so it stays in fp32 on CPUs, and takes fp16, with 3 more bits, on CUDA.
+
+    Args:
+        device: cpu or cuda.
+        best: `best_precision` of each device.
+    """
+    if asked != "auto":
+        return asked
+    if backbone == "efficientnet_lite0":
+        return "fp16" if device == "cuda" else "fp32"
+    return min(best, key=LEAST_ABLE_FIRST.index)
+
+
+def find_batch_size(module: nn.Module, picture: Tensor) -> int:
+    """Pictures that a device takes in one forward pass. On CPUs 32: more ran no faster.
+
+    On CUDA what fits into half of the free memory, by the peak of a trial of 8 pictures like `picture` (3, S, S): a
+    power of two, at most 256, with which timm's published rates are measured.
+    """
+    if picture.device.type != "cuda":
+        return CPU_BATCH_SIZE
+    torch.cuda.reset_peak_memory_stats(picture.device)
+    before = torch.cuda.memory_allocated(picture.device)
+    with torch.inference_mode():
+        module(picture.expand(CUDA_TRIAL_SIZE, *picture.shape))
+    num_bytes = torch.cuda.max_memory_allocated(picture.device) - before
+    free_bytes, _ = torch.cuda.mem_get_info(picture.device)
+    return largest_batch(num_bytes / CUDA_TRIAL_SIZE, free_bytes)
+
+
+def largest_batch(bytes_per_image: float, free_bytes: int) -> int:
+    """The largest power of two that takes at most half of the free memory, 1 to 256."""
+    return 1 << max(0, int(min(CUDA_BATCH_SIZE, free_bytes / 2 / bytes_per_image)).bit_length() - 1)
+
+
+def fits(values: Tensor, device: torch.device) -> bool:
+    """Whether the device has room for twice as much."""
+    return device.type != "cuda" or 2 * values.nbytes < torch.cuda.mem_get_info(device)[0]
+
+
+def move(values: Tensor, device: torch.device) -> Tensor:
+    """To the device, through pinned memory and without waiting for CUDA."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def read_behind(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each output on the CPU, handed on when the device has been given two more: it never waits for the host."""
+    pending: deque[Callable[[], Tensor]] = deque()
+    for output in outputs:
+        pending.append(start_copy(output))
+        if len(pending) > NUM_BEHIND:
+            yield pending.popleft()()
+    for copy in pending:
+        yield copy()
+
+
+def start_copy(values: Tensor) -> Callable[[], Tensor]:
+    """Begins to copy values to the CPU; the function returned waits for them."""
+    if values.device.type != "cuda":
+        return lambda: values
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    is_copied = torch.cuda.Event()
+    is_copied.record()
+
+    def wait() -> Tensor:
+        is_copied.synchronize()
+        return copy
+
+    return wait

@@ -320,10 +320,9 @@ def this_node(is_ray: bool) -> str:
     return f"{socket.gethostname()}:{ray.get_runtime_context().get_node_id()[-8:]}"
 
 
-def count_devices() -> tuple[int, int]:
-    """(CPUs, GPUs) of the cluster of RAY_ADDRESS, else of this machine, where no Ray is started for it."""
+def find_nodes() -> list[Node]:
+    """The nodes of the cluster of RAY_ADDRESS, else this machine, where no Ray is started for it."""
     if is_in_cluster():
         start_ray()
-        nodes = list_nodes()
-        return sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
-    return num_usable_cpus(), torch.cuda.device_count()
+        return list_nodes()
+    return [Node(num_usable_cpus(), torch.cuda.device_count())]

@@ -19,6 +19,9 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 NumWorkers = Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="auto|N")]
 
+# The published loop is run in full where all its epochs are predicted, from its first ones, to take no longer.
+PUBLISHED_LIMIT_S, NUM_PUBLISHED_EPOCHS = 180.0, 3
+
 EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_SOME_UNREADABLE = 0, 1, 2, 3
 
 
@@ -147,7 +150,8 @@ class TuneConfig(TrainConfig):
 class BenchmarkConfig(ModelConfig, DataConfig):
     """Run the same training and inference on each device and number of workers, as one table.
 
-    Every row is a process of its own with an empty cache, beside the published loop without Ray:
+    Every row is a process of its own with an empty cache, beside the published loop on each device, which is
+    extrapolated from its first epochs where all would take more than 3 minutes:
     plates benchmark --data synthetic:2000 --num-views 2 --worker-counts 1 2
     """
 
@@ -158,7 +162,8 @@ class BenchmarkConfig(ModelConfig, DataConfig):
     repeats: int = 3
     """Runs of each row, in interleaved order."""
     scaling: Literal["strong", "weak"] = "strong"
-    """strong: the same work on more workers; weak: the work grows with them (drawn plates only)."""
+    """strong: the same work on more workers; weak: N workers get N times the drawn plates and of the global batch, so
+    that the images a worker and step stay the same, and lr times the square root of N (Malladi et al., 2022)."""
     precision: Precision = "auto"
     """Of the trunk, in all rows but the published loop, which is fp32."""
 

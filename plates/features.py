@@ -26,6 +26,7 @@ from plates.images import UnreadableImageError, prefetch
 from plates.model import fast_trunk, hash_weights
 from plates.rundir import write_whole
 from plates.storage import Place, place_of
+from plates.timing import Pace
 from plates.transforms import Preprocessing, View, draw_view, make_views, to_input, whole_image
 
 # Whose code a feature follows from; the last is an extra.
@@ -140,11 +141,19 @@ def reserve(file: Path, start: int) -> None:
 class FrozenTrunk:
     """The trunk as fast as the device runs it; views of images in, float32 features out."""
 
-    def __init__(self, trunk: nn.Module, preprocessing: Preprocessing, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        precision: str,
+        pace: Pace | None = None,
+    ) -> None:
         self.dtype = DTYPES[precision]
         self.module = fast_trunk(trunk, device, self.dtype)
         self.preprocessing = preprocessing
         self.device = device
+        self.pace = pace or Pace()
         size = preprocessing.image_size
         self.batch_size = find_batch_size(self.module, torch.zeros((3, size, size), dtype=self.dtype, device=device))
 
@@ -211,6 +220,7 @@ def forward_all(trunk: FrozenTrunk, loaded: Iterable[tuple[Tensor, Tensor]]) -> 
     counts: deque[int] = deque()
     computed = torch.empty(0)  # rows that wait for the rest of their image
     for rows in read_behind(trunk(*batch) for batch in full_batches(loaded, trunk.batch_size, counts)):
+        trunk.pace.count(len(rows))
         computed, start = torch.cat([computed, rows]) if len(computed) else rows, 0
         while counts and len(computed) - start >= counts[0]:
             yield computed[start : start + counts[0]]

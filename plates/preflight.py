@@ -49,7 +49,7 @@ def check_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = 
         for probe in probes:
             if probe.problems:
                 raise UserError(f"node {probe.node}: {'; '.join(probe.problems)}")
-        return [probe.precision for probe in probes if probe.device == plan.device and probe.precision]
+        return [probe.precision for probe in probes if probe.precision and probe.device == plan.device]
     if problems := try_cache(cache):
         raise UserError(problems[0])
     return [best_precision(device) for device in devices_here(plan.device)]

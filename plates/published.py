@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
+from plates import metrics
+from plates.config import NUM_PUBLISHED_EPOCHS
 from plates.dataset import Dataset, Sample, Skipped, Source, check_dataset, check_samples, load_dataset
 from plates.model import Weights, build_classifier, preprocessing_of, resolve_weights, set_trainable
-from plates.timing import device_name
+from plates.timing import Pace, device_name, process_age_s, synchronize
 
 BATCH_SIZE, NUM_LOADER_WORKERS = 8, 8
 
@@ -37,14 +39,22 @@ class Images(TorchDataset):
 
 
 def time_published(
-    dataset: Dataset, weights: Weights, trainable: str, image_size: int, device: str, num_epochs: int
-) -> dict[str, float]:
-    """Seconds of `num_epochs` epochs and of predicting the test split.
+    dataset: Dataset,
+    weights: Weights,
+    trainable: str,
+    image_size: int,
+    device: torch.device,
+    num_epochs: int,
+    limit_s: float,
+) -> dict[str, float | None]:
+    """Seconds of training and of predicting the test split, after the first epochs no more of them where all
+    `num_epochs` would take more than `limit_s`.
 
     fp32, batch 8, loaders with 8 workers made anew each epoch, validation every epoch, batch norm in train mode, the
     test split in the main process: the course project's loop.
 
-    Returns: train_s, inference_s.
+    Returns: startup_s, train_s, inference_s; num_epochs that were run, and steady_images_per_sec, val/loss and
+        val/accuracy after the last of them.
     """
     preprocessing = preprocessing_of(weights.backbone, image_size)
     to_input = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing.mean, preprocessing.std)]
@@ -57,19 +67,29 @@ def time_published(
     model = build_classifier(weights.backbone, weights.state, len(dataset.classes), seed=0).to(device)
     optimizer = torch.optim.Adam(set_trainable(model, trainable), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
-    start_s = time.perf_counter()
-    for _ in range(num_epochs):
+    pace, val_loss, val_accuracy, epoch = Pace(), None, None, 0
+    synchronize(device)
+    startup_s, start_s = process_age_s(), time.perf_counter()
+    for epoch in range(1, num_epochs + 1):
+        val_sums = torch.zeros(3, dtype=torch.float64, device=device)
         for is_training, loader in zip((True, False), loaders, strict=True):
             model.train(is_training)
             for inputs, labels in loader:
                 with torch.set_grad_enabled(is_training):
-                    logits = model(inputs.to(device))
-                    loss = torch.nn.functional.cross_entropy(logits, labels.to(device))
+                    logits, labels = model(inputs.to(device)), labels.to(device)
+                    loss = torch.nn.functional.cross_entropy(logits, labels)
                 if is_training:
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
+                else:
+                    val_sums += metrics.batch_sums(logits, labels)
         scheduler.step()
+        val_loss, val_accuracy = metrics.divide(val_sums)
+        pace.count(len(dataset.train) + len(dataset.val))
+        if epoch == NUM_PUBLISHED_EPOCHS and (time.perf_counter() - start_s) / epoch * num_epochs > limit_s:
+            break
+    synchronize(device)
     train_s = time.perf_counter() - start_s
     test = Images(dataset.source, dataset.test, resize)
     start_s = time.perf_counter()
@@ -77,8 +97,16 @@ def time_published(
         for start in range(0, len(test), BATCH_SIZE):
             batch = torch.stack([test[i][0] for i in range(start, min(start + BATCH_SIZE, len(test)))])
             model(batch.to(device)).softmax(1).cpu()
-    inference_s = time.perf_counter() - start_s
-    return {"train_s": train_s, "inference_s": inference_s}
+    synchronize(device)
+    return {
+        "startup_s": startup_s,
+        "train_s": train_s,
+        "inference_s": time.perf_counter() - start_s,
+        "num_epochs": epoch,
+        "steady_images_per_sec": pace.steady_rate(),
+        "val/loss": val_loss,
+        "val/accuracy": val_accuracy,
+    }
 
 
 def leave_out_unreadable(dataset: Dataset) -> Dataset:
@@ -91,19 +119,19 @@ def leave_out_unreadable(dataset: Dataset) -> Dataset:
 
 def main(argv: list[str]) -> None:
     settings = json.loads(argv[0])
-    torch.set_num_threads(joblib.cpu_count())  # torch itself takes a host's, whatever its container's share
+    torch.set_num_threads(joblib.cpu_count())  # all cores, also in a job, whose driver inherits OMP_NUM_THREADS=1
+    device = torch.device(settings["device"])
     dataset = load_dataset(settings["data"], settings["seed"])
     if settings["skip_unreadable"]:
         dataset = leave_out_unreadable(dataset)
     weights = resolve_weights(settings["backbone"], settings["weights"], settings["seed"])
-    shape = [settings[name] for name in ("trainable", "image_size", "device", "num_epochs")]
+    shape = [settings["trainable"], settings["image_size"], device, settings["num_epochs"], settings["limit_s"]]
     measured = {
         **time_published(dataset, weights, *shape),
-        "num_epochs": settings["num_epochs"],
         "num_train": len(dataset.train),
         "num_test": len(dataset.test),
         "num_threads": torch.get_num_threads(),
-        "device_name": device_name(torch.device(settings["device"])),
+        "device_name": device_name(device),
     }
     print(json.dumps(measured))
 

@@ -1,10 +1,12 @@
 """Rows of a benchmark: each a training run in a process of its own; then medians, ratios and a model of them."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,13 +14,15 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from plates.config import BenchmarkConfig, ModelConfig
+from plates.config import PUBLISHED_LIMIT_S, BenchmarkConfig, ModelConfig
 from plates.dataset import DEFAULT_NUM_SYNTHETIC
 from plates.rundir import read_csv, write_whole
 from plates.storage import Place, remove_tree
 
 PHASES = ["startup_s", "data_s", "train_s", "inference_s", "teardown_s", "total_s"]
-NUM_BASELINE_EPOCHS = 3
+STARTUP_PARTS = ["startup_process_s", "startup_ray_s", "startup_group_s"]
+RATES = ["train_images_per_sec", "steady_images_per_sec", "inference_images_per_sec"]
+SETUP = ["device_name", "num_nodes", "threads_per_worker", "precision", "global_batch_size"]
 BASELINE_SETTINGS = ("data", "backbone", "weights", "trainable", "image_size", "seed", "skip_unreadable")
 ROW_FOLDER = ".row"  # of the run being measured, inside the benchmark's
 MIN_COUNTS_TO_FIT = 4
@@ -38,18 +42,31 @@ class Row:
         if self.kind == "published":
             return f"published loop, {self.device}"
         workers = "1 Ray worker" if self.num_workers == 1 else f"{self.num_workers} Ray workers"
-        return f"{workers if self.num_workers else 'one process'}, {self.device}"
+        return f"{workers if self.num_workers else 'one process, all cores'}, {self.device}"
 
 
 def plan_rows(config: BenchmarkConfig, num_cpus: int, num_gpus: int) -> list[Row]:
-    """The published loop, then by device one process without Ray and the worker counts."""
-    devices = list(config.devices or (["cpu", "cuda"] if num_gpus else ["cpu"]))
-    rows = [Row("published", devices[0], 0)]
-    for device in devices:
+    """By device the published loop, one process without Ray, and the worker counts."""
+    rows = []
+    for device in dict.fromkeys(config.devices or (["cpu", "cuda"] if num_gpus else ["cpu"])):
         most = num_gpus if device == "cuda" else num_cpus
         counts = config.worker_counts or [2**power for power in range(max(1, most).bit_length())]
-        rows += [Row("plates", device, count) for count in sorted({0, *counts})]
+        rows += [Row("published", device, 0), *(Row("plates", device, count) for count in sorted({0, *counts}))]
     return rows
+
+
+def share_threads(rows: list[Row], share: Callable[[int, str], int | None]) -> dict[str, int]:
+    """CPU threads of each Ray worker, by device the same in all its rows: as many as its largest group can have.
+
+    Args:
+        share: the most CPUs a worker in a group of so many on a device; None where it cannot be placed, as a group
+            that will not run.
+    """
+    shares: dict[str, list[int]] = {row.device: [] for row in rows}
+    for row in rows:
+        if row.num_workers and (num_threads := share(row.num_workers, row.device)):
+            shares[row.device].append(num_threads)
+    return {device: min(found, default=1) for device, found in shares.items()}
 
 
 def measure_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, keep: Place) -> dict[str, Any]:
@@ -65,16 +82,19 @@ def measure_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, keep: P
         remove_tree(folder)
 
 
-def run_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, folder: Place, keep: Place) -> dict[str, Any]:
-    run, environment = folder / "run", {**os.environ, "PLATES_CACHE": str(folder / "cache")}
+def command_of(row: Row, config: BenchmarkConfig, cpus_per_worker: int, run: Place) -> list[str]:
     if row.kind == "published":
         settings = {name: getattr(config, name) for name in BASELINE_SETTINGS}
-        settings |= {"device": row.device, "num_epochs": min(NUM_BASELINE_EPOCHS, config.epochs)}
-        command = [sys.executable, "-m", "plates.published", json.dumps(settings)]
-    else:
-        command = [sys.executable, "-m", "ray_jobs.train", "--out", str(run), "--device", row.device]
-        command += ["--num-workers", str(row.num_workers), *flags_of(config, row.num_workers)]
-        command += ["--cpus-per-worker", str(cpus_per_worker)] if row.num_workers and row.device == "cpu" else []
+        settings |= {"device": row.device, "num_epochs": config.epochs, "limit_s": PUBLISHED_LIMIT_S}
+        return [sys.executable, "-m", "plates.published", json.dumps(settings)]
+    command = [sys.executable, "-m", "ray_jobs.train", "--out", str(run), "--device", row.device]
+    command += ["--num-workers", str(row.num_workers), *flags_of(config, row.num_workers)]
+    return [*command, "--cpus-per-worker", str(cpus_per_worker)] if row.num_workers else command
+
+
+def run_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, folder: Place, keep: Place) -> dict[str, Any]:
+    run, environment = folder / "run", {**os.environ, "PLATES_CACHE": str(folder / "cache")}
+    command = command_of(row, config, cpus_per_worker, run)
     start_s = time.perf_counter()
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     wall_s = time.perf_counter() - start_s
@@ -89,34 +109,43 @@ def run_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, folder: Pla
 
 
 def flags_of(config: BenchmarkConfig, num_workers: int) -> list[str]:
-    """The flags of the training run that the settings stand for; in weak scaling the data grows with the workers."""
+    """The flags of the training run that the settings stand for.
+
+    In weak scaling N workers get N times the images and N times the global batch, and the learning rate grows by the
+    square root of N: Adam's rule in Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms,
+    2022, without theirs for its betas and epsilon.
+    """
     base = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
     base |= {"data": config.data, "precision": config.precision}
     if config.scaling == "weak":
-        count = int(config.data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC)
-        base["data"] = f"synthetic:{count * max(1, num_workers)}"
+        growth = max(1, num_workers)
+        name, *parts = config.data.split(":")
+        parts[:1] = [str(int(parts[0] if parts else DEFAULT_NUM_SYNTHETIC) * growth)]
+        base |= {"data": ":".join([name, *parts]), "lr": config.lr * math.sqrt(growth)}
+        base["global_batch_size"] = config.global_batch_size * growth
     flags = [["--" + name.replace("_", "-"), str(value)] for name, value in base.items() if value is not None]
     return [part for flag in flags for part in flag] + ["--skip-unreadable"] * config.skip_unreadable
 
 
 def extrapolate(measured: dict[str, Any], config: BenchmarkConfig, wall_s: float) -> dict[str, Any]:
-    """The published loop's phases, its training scaled from a few epochs to all."""
+    """The published loop's phases, its training scaled from the epochs that it ran to all."""
     train_s = measured["train_s"] * config.epochs / measured["num_epochs"]
-    other_s = wall_s - measured["train_s"] - measured["inference_s"]
+    total_s = wall_s - measured["train_s"] + train_s
+    same = ("device_name", "num_epochs", "startup_s", "inference_s", "steady_images_per_sec")
     return {
-        "device_name": measured["device_name"],
+        **{name: measured[name] for name in (*same, "val/loss", "val/accuracy")},
         "num_nodes": 1,
         "threads_per_worker": measured["num_threads"],
         "precision": "fp32",
         "global_batch_size": 8,
-        "startup_s": other_s,
+        "startup_process_s": measured["startup_s"],
         "train_s": train_s,
-        "inference_s": measured["inference_s"],
-        "total_s": other_s + train_s + measured["inference_s"],
+        "teardown_s": total_s - measured["startup_s"] - train_s - measured["inference_s"],
+        "total_s": total_s,
         "train_images_per_sec": measured["num_train"] * config.epochs / train_s,
         "inference_images_per_sec": measured["num_test"] / measured["inference_s"] if measured["num_test"] else None,
-        "device_seconds": other_s + train_s + measured["inference_s"],
-        "is_extrapolated": True,
+        "device_seconds": total_s,
+        "is_extrapolated": measured["num_epochs"] < config.epochs,
     }
 
 
@@ -134,7 +163,9 @@ def read_run(run: Place, wall_s: float) -> dict[str, Any]:
         "threads_per_worker": described["threads_per_worker"],
         "precision": described["precision"],
         "global_batch_size": described["global_batch_size"],
+        "num_epochs": described["epochs"],
         **phases,
+        **described["timing"],
         "teardown_s": wall_s - float(whole["total_s"]),
         "total_s": wall_s,
         "train_images_per_sec": float(whole["train_images_per_sec"]),
@@ -157,16 +188,18 @@ def summarize(repeats: pd.DataFrame, scaling: str = "strong") -> list[dict[str, 
         if len(reasons):
             entries.append({**entry, "reason": str(reasons.iloc[0])})
             continue
-        for key in ("device_name", "num_nodes", "threads_per_worker", "precision", "global_batch_size"):
-            entry[key] = first[key].item() if hasattr(first[key], "item") else first[key]
-        entry["is_extrapolated"] = bool(first["is_extrapolated"])
+        for key in SETUP:
+            entry[key] = first[key] if isinstance(first[key], str) else int(first[key])  # floats beside a failed row
+        entry["is_extrapolated"] = bool(group["is_extrapolated"].any())
         entry["num_repeats"] = len(group)
-        for phase in PHASES:
+        entry["num_epochs"] = int(group["num_epochs"].min())
+        for phase in (*PHASES, *STARTUP_PARTS):
             values = group[phase].dropna().to_numpy() if phase in group else np.array([])
             if len(values):
                 entry[phase] = {name: float(getattr(np, name)(values)) for name in ("min", "median", "max")}
-        for key in ("train_images_per_sec", "inference_images_per_sec", "val/accuracy", "val/loss", "device_seconds"):
-            value = pd.to_numeric(group[key]).median() if key in group else float("nan")
+        alike = group[group["num_epochs"] == entry["num_epochs"]]  # of the published loop near its limit not all are
+        for key in (*RATES, "val/accuracy", "val/loss", "device_seconds"):
+            value = pd.to_numeric((alike if key.startswith("val/") else group)[key]).median()
             entry[key] = None if pd.isna(value) else float(value)
         entry["train_images_per_sec_per_worker"] = entry["train_images_per_sec"] / max(1, entry["num_workers"])
         entries.append(entry)
@@ -175,8 +208,9 @@ def summarize(repeats: pd.DataFrame, scaling: str = "strong") -> list[dict[str, 
 
 
 def add_speedups(entries: list[dict[str, Any]], scaling: str) -> None:
-    """Against the first row of all by total time, where both did the same work; and against the device's smallest Ray
-    row by training rate, an efficiency of T(1) / (N T(N)), or T(1) / T(N) in weak scaling, where the work is N-fold.
+    """Against the first row of all by total time, where both did the same work; and by training time against the
+    device's smallest Ray row, the 1 in an efficiency of T(1) / (N T(N)), or T(1) / T(N) in weak scaling, where the
+    work is N-fold.
     """
     done = [entry for entry in entries if "reason" not in entry]
     for entry in done:
@@ -185,8 +219,10 @@ def add_speedups(entries: list[dict[str, Any]], scaling: str) -> None:
         on_ray = [e for e in done if e["device"] == entry["device"] and e["num_workers"] > 0]
         if entry["num_workers"] and on_ray:
             base = min(on_ray, key=lambda e: e["num_workers"])
-            entry["scaling"] = entry["train_images_per_sec"] / base["train_images_per_sec"]
-            entry["efficiency"] = entry["scaling"] * base["num_workers"] / entry["num_workers"]
+            growth = entry["num_workers"] / base["num_workers"]
+            gain = base["train_s"]["median"] / entry["train_s"]["median"]
+            entry["efficiency"] = gain if scaling == "weak" else gain / growth
+            entry["scaling"] = entry["efficiency"] * growth
 
 
 def fit_model(entries: list[dict[str, Any]], scaling: str = "strong") -> dict[str, Any]:

@@ -18,6 +18,32 @@ TIMING_COLUMNS = [
 ]  # fmt: skip
 
 
+NUM_WARM_UP_IMAGES = 64  # of a worker: decoding has to get ahead, and kernels are chosen and built
+
+
+class Pace:
+    """How fast a worker trains once it runs evenly: images through the model, those of validation included."""
+
+    def __init__(self) -> None:
+        self.num_images = 0
+        self.start: tuple[int, float] | None = None  # images, and when, at the end of the warm-up
+        self.end_s = 0.0
+
+    def count(self, num_images: int) -> None:
+        """So many more are through, and their results have been read: the clock needs no other synchronisation."""
+        self.num_images += num_images
+        self.end_s = time.perf_counter()
+        if self.start is None and self.num_images >= NUM_WARM_UP_IMAGES:
+            self.start = self.num_images, self.end_s
+
+    def steady_rate(self) -> float | None:
+        """Images a second after the counts that hold the first ones; None where fewer than these came after."""
+        num_steady = self.num_images - self.start[0] if self.start else 0
+        if self.start is None or num_steady < NUM_WARM_UP_IMAGES:
+            return None
+        return rate(num_steady, self.end_s - self.start[1])
+
+
 class Phases:
     """Seconds by phase name; a phase may be entered many times, and phases do not nest."""
 
@@ -63,6 +89,22 @@ def cpu_name() -> str:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def startup_and_pace(driver: Phases, trained: list[dict[str, Any]]) -> dict[str, float | None]:
+    """What config.json tells beyond timing.csv: parts of start-up, and the steady rate of all workers together.
+
+    Args:
+        driver: the phases "process", until the imports are done, and "ray", until Ray is connected.
+        trained: what each worker of training measured.
+    """
+    rates = [row["steady_images_per_sec"] for row in trained]
+    return {
+        "startup_process_s": driver.seconds["process"],
+        "startup_ray_s": driver.seconds["ray"],
+        "startup_group_s": max(row["startup_s"] for row in trained),
+        "steady_images_per_sec": None if None in rates else sum(rates),
+    }
 
 
 def timing_table(

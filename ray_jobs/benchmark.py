@@ -12,28 +12,27 @@ def benchmark(config: BenchmarkConfig) -> int:
     import pandas as pd
     from tqdm import tqdm
 
-    from plates import rundir, scaling
-    from plates.cluster import count_devices
+    from plates import cluster, rundir, scaling
     from plates.dataset import load_dataset
     from plates.report import align_columns, write_report
-    from plates.report.benchmark import HEADER, tabulate_benchmark
+    from plates.report.benchmark import QUOTED, tabulate_rates, tabulate_seconds
 
     run = rundir.find_run(config.out, "benchmark", config)
     dataset = load_dataset(config.data, config.seed)
-    num_cpus, num_gpus = count_devices()
-    rows = scaling.plan_rows(config, num_cpus, num_gpus)
-    on_cpu = [row.num_workers for row in rows if row.device == "cpu" and row.num_workers <= num_cpus]
-    cpus_per_worker = max(1, num_cpus // max([*on_cpu, 1]))
+    nodes = cluster.find_nodes()
+    rows = scaling.plan_rows(config, sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes))
+    threads = scaling.share_threads(rows, lambda count, device: cluster.share_cpus(count, device, nodes))
     described = {"versions": rundir.versions(), "classes": list(dataset.classes), "rows": [row.name for row in rows]}
     rundir.claim_run(run, "benchmark", config, described)
-    print(f"{len(rows)} rows x {config.repeats} repeats, {cpus_per_worker} CPU threads a Ray worker", flush=True)
+    each = ", ".join(f"{count} on {device}" for device, count in threads.items())
+    print(f"{len(rows)} rows x {config.repeats} repeats; CPU threads a Ray worker: {each}", flush=True)
 
     measured = []
     with tqdm(total=len(rows) * config.repeats, desc="measuring", unit="run") as bar:
         for repeat in range(config.repeats):
             for row in rows:
                 bar.set_postfix_str(row.name)
-                measured.append({"repeat": repeat, **scaling.measure_row(row, config, cpus_per_worker, run)})
+                measured.append({"repeat": repeat, **scaling.measure_row(row, config, threads[row.device], run)})
                 rundir.write_csv(run / "benchmark.csv", pd.DataFrame(measured))
                 bar.update()
     entries = scaling.summarize(pd.DataFrame(measured), config.scaling)
@@ -46,11 +45,12 @@ def benchmark(config: BenchmarkConfig) -> int:
     rundir.write_json(run / "benchmark.json", found)
     report = write_report(run, train_views=[], read_image=dataset.read_picture)
     rundir.finish_run(run)
-    print(align_columns([HEADER, *tabulate_benchmark(found)], text_columns=3, width=220))
+    for table, text_columns in ((tabulate_seconds(entries), 1), (tabulate_rates(entries), 3)):
+        print(align_columns(table, text_columns=text_columns, width=220), end="\n\n")
     for entry in entries:
         if "reason" in entry:
             print(f"{entry['row']} could not run: {entry['reason']}")
-    print(f"report: {report}\n{json.dumps(rundir.only_finite(found))}")
+    print(f"{QUOTED}\nreport: {report}\n{json.dumps(rundir.only_finite(found))}")
     return EXIT_OK if any("reason" not in entry for entry in entries) else EXIT_FAILED
 
 

@@ -20,7 +20,7 @@ def train(config: TrainConfig) -> int:
     from plates.predict import predict, print_skipped, score_predictions, write_predictions
     from plates.preflight import check_nodes
     from plates.report import summary_table, write_report
-    from plates.timing import Phases, process_age_s, timing_table
+    from plates.timing import Phases, process_age_s, startup_and_pace, timing_table
     from plates.train_loop import draw_examples
     from plates.train_loop import train as train_on_worker
     from plates.train_loop.group import labels_of
@@ -30,7 +30,9 @@ def train(config: TrainConfig) -> int:
     phases = Phases()
     with phases.measure("data"):
         dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
-    plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
+    phases.seconds["process"] = process_age_s() - phases.seconds["data"]
+    with phases.measure("ray"):
+        plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
     best = check_nodes(plan, dataset, run, cache_root() if config.trainable == "head" else None)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
@@ -54,7 +56,8 @@ def train(config: TrainConfig) -> int:
         predictions = predict(bundle, dataset.source, dataset.test, plan, precision)
     figures |= score_predictions(predictions, dataset)
     timing = timing_table(phases, plan.num_workers, trained.timings, predictions.timings, len(dataset.test))
-    rundir.update_config(run, has_reused_features=trained.has_reused_features)
+    rundir.update_config(run, has_reused_features=trained.has_reused_features,
+                         timing=startup_and_pace(phases, trained.timings))  # fmt: skip
     rundir.write_csv(run / "history.csv", pd.DataFrame(trained.history))
     write_predictions(run, predictions)
     rundir.write_results(run, figures, timing, [*skipped, *predictions.skipped])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from plates.report.benchmark import show_benchmark
 from plates.report.plots import draw_lines
 from plates.report.predictions import encode_thumbnail, show_predictions
 from plates.report.scores import score_split, show_scores
-from plates.report.sweep import show_sweep
+from plates.report.sweep import show_sweep, tell_winner
 from plates.report.text import (
     align_columns,
     format_loss,
@@ -81,6 +82,8 @@ def summary_table(run: Place) -> str:
         rows += [[split, *cells]] if set(cells) != {"–"} else []
     if len(rows) > 1:
         blocks.append(align_columns(rows, text_columns=1))
+    if "winner/log_loss" in files.metrics:
+        blocks.append("\n" + textwrap.fill(tell_winner(files.metrics), 100))
     return "\n".join(blocks)
 
 

@@ -84,8 +84,10 @@ def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
     retrained = {}
     for trial in {winner, 0}:
         config, dataset = replace(task.config, **schedules[trial]), replace(task.dataset, val=())
-        run = state / f"retrained-{trial}"
-        retrained[trial] = run_loop(train, replace(task, config=config, dataset=dataset, run=run), plan)
+        again = replace(
+            task, config=config, dataset=dataset, run=state / f"retrained-{trial}", submitted_at=time.time()
+        )
+        retrained[trial] = run_loop(train, again, plan)
     best = retrained[winner]
     charge_trials(best.timings, trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values()))
     histories = [pd.DataFrame(retrained[trial].history) for trial in (winner, 0)]

@@ -60,6 +60,7 @@ def time_worker(worker: Worker, startup_s: float, phases: Phases, num_images: in
         "train_s": phases.seconds["train"],
         "train_images_per_sec": rate(num_images, phases.seconds["train"]),
         "num_train_images": num_images,
+        "steady_images_per_sec": worker.pace.steady_rate(),
     }
 
 

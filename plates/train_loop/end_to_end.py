@@ -122,6 +122,7 @@ def train_epochs(
             sums += metrics.batch_sums(logits, labels)
             num_images += len(labels)
             num_steps += 1
+            worker.pace.num_images += len(labels)
         num_skipped = num_steps - (state.num_taken_steps() - num_taken)
         if num_skipped == num_steps and worker.rank == 0:
             logger.warning("epoch %d: all steps overflowed in fp16 and were skipped; use bf16 or fp32", epoch)
@@ -131,6 +132,7 @@ def train_epochs(
         val_sums = metrics.batch_sums(val_logits, val_labels)
         figures = chain(*(metrics.divide(all_reduce_sum(found)) for found in (sums, val_sums)))
         state.add_epoch({"epoch": epoch, **dict(zip(FIGURES, (lr, *figures), strict=True))}, num_skipped)
+        worker.pace.count(len(val_logits))
         if worker.rank == 0:
             state.save(is_last=epoch == config.epochs - 1)
     return state, num_images

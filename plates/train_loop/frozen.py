@@ -86,7 +86,7 @@ def shared_features(task: Task, worker: Worker, model: Classifier) -> tuple[Feat
     if broadcast(stored is not None):
         tell_left(task.run, 0, worker)
         return stored, True
-    trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, task.precision)
+    trunk = FrozenTrunk(model.trunk, task.preprocessing, worker.device, task.precision, worker.pace)
     with closing(Parts(task.cache_root / "features", key)) as parts:
         is_continued = compute_parts(task, worker, trunk, parts)
         for _ in range(MAX_TRIES):

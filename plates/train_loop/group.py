@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from plates.dataset import Sample
 from plates.storage import Place
+from plates.timing import Pace
 
 ItemT = TypeVar("ItemT")
 MAX_RUN, RUNS_PER_WORKER = 64, 32  # the shares differ by one run at most: 3% of the work
@@ -29,6 +30,7 @@ class Worker:
     device: torch.device
     is_ray: bool
     threads: tuple[int, ...]
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def num_threads(self) -> int:

@@ -31,6 +31,7 @@ from plates.features import compute_views
 from plates.images import decode
 from plates.model import preprocessing_of
 from plates.synthetic import draw_plate
+from plates.timing import Pace
 from plates.transforms import View, make_views
 
 PHOTOS = {"341 x 256": (341, 256), "3000 x 2000": (3000, 2000)}
@@ -56,6 +57,7 @@ class NoTrunk:
     preprocessing = preprocessing_of("resnet18", 224)
     device = torch.device("cpu")
     batch_size = CUDA_BATCH_SIZE
+    pace = Pace()
 
     def __call__(self, pictures: Tensor, is_flipped: Tensor) -> Tensor:
         return torch.zeros((len(pictures), 512))

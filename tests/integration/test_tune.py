@@ -1,15 +1,22 @@
 """The sweep on real Ray Tune: files, and a sweep killed in the middle that goes on."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import ray
 
 from ray_jobs import tune as tune_job
 
@@ -17,6 +24,8 @@ SMALL = [
     "--data", "synthetic:24", "--backbone", "resnet18", "--weights", "none", "--image-size", "32", "--epochs", "4",
     "--folds", "3", "--cv-repeats", "2", "--num-views", "2",
 ]  # fmt: skip
+TRUNK = [*SMALL, "--trainable", "layer4", "--folds", "2"]
+FOUR = [*TRUNK, "--epochs", "3", "--num-trials", "4", "--seed", "1"]
 
 
 def test_a_sweep_writes_all_its_files(tmp_path, local_ray, capsys):
@@ -102,15 +111,99 @@ def test_a_killed_sweep_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(run / "trials.csv"), pd.read_csv(whole / "trials.csv"), atol=1e-6)
 
 
-@pytest.mark.slow
-def test_a_trial_that_trains_the_trunk_is_a_run_of_its_own_on_all_cpus(tmp_path, local_ray):
-    """Its one worker takes both CPUs: it must not wait for one that the trial's own process holds."""
+def watch(run: Path, is_over: threading.Event) -> set[frozenset[tuple[str, str]]]:
+    """Which (trial, fold) were at work at the same time: a fold has its Ray Train folder that long."""
+    seen = set()
+    while not is_over.wait(0.1):
+        folders = [folder.parent for folder in run.glob(".ray_tune/*/folds/*/*/.ray_train")]
+        seen.add(frozenset((folder.parent.name, folder.name) for folder in folders))
+    return seen
+
+
+@contextmanager
+def watching(run: Path) -> Iterator[Future]:
+    is_over = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        try:
+            yield pool.submit(watch, run, is_over)
+        finally:
+            is_over.set()
+
+
+@pytest.fixture
+def ray_of_four_cpus() -> Iterator[None]:
+    """More CPUs than the machine may have: room for two trials of two."""
+    ray.shutdown()
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.init(address="local", num_cpus=4, object_store_memory=200_000_000, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+def test_trials_that_train_the_trunk_run_side_by_side_on_all_cpus(tmp_path, ray_of_four_cpus, capsys):
+    """The workers of two trials take all CPUs: they must not wait for one that a trial's own process holds."""
     run = tmp_path / "run"
-    flags = [*SMALL, "--data", "synthetic:12", "--trainable", "layer4", "--epochs", "1", "--cv-repeats", "1"]
-    assert tune_job.main([*flags, "--folds", "2", "--num-trials", "1", "--num-workers", "1", "--out", str(run)]) == 0
+    flags = [*TRUNK, "--data", "synthetic:12", "--epochs", "1", "--cv-repeats", "1", "--num-trials", "2"]
+    with watching(run) as watched:
+        assert tune_job.main([*flags, "--out", str(run)]) == 0
+    assert max(len({trial for trial, _ in at_work}) for at_work in watched.result()) == 2
     trials = pd.read_csv(run / "trials.csv")
-    assert trials["num_folds"].tolist() == [2]
+    assert trials["num_folds"].tolist() == [2, 2]
     assert not list(run.glob(".*"))
     assert list((run / "tensorboard").glob("*/events.out.tfevents*"))
     assert len(pd.read_csv(run / "predictions.csv")) == 12
-    assert "nested cross-validation was not run" in (run / "report.html").read_text()
+    told = capsys.readouterr().out
+    assert "2 trials at a time, each on 1 Ray worker of 2 CPUs" in told
+    assert "there is no nested estimate" in " ".join(told.split())
+    assert "there is no nested estimate" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_poor_ones_of_four_trials_side_by_side_are_stopped_early(tmp_path, ray_of_four_cpus):
+    """Trial 2 learns twenty times as fast as the others and diverges, so that whichever came before is better."""
+    run = tmp_path / "run"
+    with watching(run) as watched:
+        assert tune_job.main([*FOUR, "--out", str(run)]) == 0
+    assert max(len({trial for trial, _ in at_work}) for at_work in watched.result()) == 2
+    trials = pd.read_csv(run / "trials.csv")
+    is_stopped = trials["num_folds"] < 4
+    assert set(trials["num_folds"]) == {2, 4}
+    assert is_stopped[2]
+    assert not is_stopped[trials["is_winner"]].any()
+    assert not is_stopped[trials[["fold_0", "fold_1"]].mean(axis=1).argmin()], "ASHA keeps the best of each rung"
+    page = (run / "report.html").read_text()
+    assert f"{is_stopped.sum()} of which were stopped early" in page
+    assert page.count("stopped after 2 folds") == is_stopped.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_sweep_of_the_trunk_ends_as_an_undisturbed_one_and_trains_no_fold_twice(tmp_path):
+    """One trial at a time, so that ASHA's choice does not hang on which came first. Killed in the third trial, which
+    ASHA must compare with the two that ended before."""
+    environment = {**os.environ, "PLATES_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "ray_jobs.tune", *FOUR, "--cpus-per-worker", "2", "--out"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, str(run)], env=environment, stderr=log, start_new_session=True)
+        while not list(run.glob(".ray_tune/*/folds/2/0.json")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = {(file.parent.name, file.stem) for file in run.glob(".ray_tune/*/folds/*/*.json")}
+    with watching(run) as watched:
+        resumed = subprocess.run([*command, str(run)], env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    trained = frozenset().union(*watched.result())
+    assert ("3", "0") in trained
+    assert not trained & finished
+    undisturbed = subprocess.run([*command, str(whole)], env=environment, capture_output=True, text=True)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    trials = pd.read_csv(whole / "trials.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(run / "trials.csv"), trials, atol=1e-4)
+    scores = trials[["fold_0", "fold_1"]].mean(axis=1)
+    expected = [4] + [2 if scores[i] > scores[:i].median() else 4 for i in (1, 2, 3)]
+    assert trials["num_folds"].tolist() == expected
+    assert expected[2] == 2, "a trial that would pass had ASHA forgotten the first two"

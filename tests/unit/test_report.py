@@ -12,7 +12,7 @@ from plates.config import TuneConfig
 from plates.metrics import score
 from plates.report import summary_table, write_report
 from plates.report.predictions import read_predictions, show_predictions
-from plates.report.scores import wilson_interval
+from plates.report.scores import score_split
 from plates.rundir import write_json
 from plates.sweep import draw_schedules
 from plates.sweep.scores import summarize, tabulate_trials
@@ -271,16 +271,26 @@ def test_a_confusion_matrix_of_few_classes_is_whole(odd_page: str) -> None:
     assert "another class" not in matrix
 
 
-def make_sweep(run: Path, losses: list[float]) -> str:
+def make_sweep(run: Path, losses: list[float], num_folds: list[int] | None = None, has_nested: bool = True) -> str:
     """Files of a sweep of which trial 0, the baseline, may have diverged; its report."""
     run.mkdir()
     schedules = draw_schedules(TuneConfig(num_trials=len(losses), lr=0.5))
     results = []
-    for loss in losses:
+    for loss, count in zip(losses, num_folds or [2] * len(losses), strict=True):
         images = [loss - 0.1, loss, loss, loss + 0.1]
-        result = {"log_loss": loss, "accuracy": 0.5, "fold_log_losses": [loss] * 2, "repeat_log_losses": [loss, loss]}
+        result = {
+            "log_loss": loss,
+            "accuracy": 0.5,
+            "fold_log_losses": [loss] * count,
+            "repeat_log_losses": [loss, loss],
+        }
         results.append(
-            {**result, "image_log_losses": images, "nested_inner": [loss], "nested_outer": [(images, [1.0] * 4)]}
+            {
+                **result,
+                "image_log_losses": images,
+                "nested_inner": [loss] if has_nested else [],
+                "nested_outer": [(images, [1.0] * 4)] if has_nested else [],
+            }
         )
     trials = tabulate_trials(results, schedules)
     trials.to_csv(run / "trials.csv", index=False)
@@ -308,14 +318,33 @@ def test_a_sweep_whose_trials_all_diverged_has_a_page(tmp_path: Path) -> None:
 def test_the_page_says_what_each_interval_covers(tmp_path: Path) -> None:
     text = make_sweep(tmp_path / "run", [0.5, 0.6, 0.4])
     assert "The winner gains 0.1000 , 95% interval 0.1000 to 0.1000, which holds for all trials at once" in text
-    assert "a gain over the baseline of 0.1000 , 95% interval" in text
+    assert "a gain over the baseline of 0.1000 (95% interval" in text
     assert "it covers the noise of drawing the folds" in text
     assert "published schedule" not in text
 
 
+def test_a_winner_without_a_nested_estimate_is_called_optimistic_and_stopped_trials_no_candidates(tmp_path) -> None:
+    """Of trials that train the trunk: the second was stopped after one fold, at a loss below the winner's."""
+    text = make_sweep(tmp_path / "run", [0.5, 0.3, 0.4], num_folds=[2, 1, 2], has_nested=False)
+    assert "Trial 2 has the lowest cross-validated log-loss of 3, 1 of which were stopped early" in text
+    assert "stopped after 1 folds" in text
+    doubt = "As the best of 3 noisy scores the winner's own figures are optimistic, and there is no nested estimate"
+    assert doubt in text.replace("&#39;", "'")
+    terminal = " ".join(summary_table(tmp_path / "run").split())
+    assert "The sweep's winner is trial 2 of 3: log-loss 0.4000, the baseline's 0.5000." in terminal
+    assert doubt in terminal
+
+
+def test_the_terminal_tells_the_nested_estimate(tmp_path) -> None:
+    make_sweep(tmp_path / "run", [0.5, 0.6, 0.4])
+    terminal = " ".join(summary_table(tmp_path / "run").split())
+    assert "figures are optimistic; nested cross-validation" in terminal
+    assert "a log-loss of 0.4000, an accuracy of 100.0% and a gain over the baseline of 0.1000" in terminal
+
+
 @pytest.mark.parametrize(("correct", "total"), [(0, 8), (7, 8), (8, 8), (500, 1000)])
-def test_wilson_interval(correct: int, total: int) -> None:
-    low, high = wilson_interval(correct, total)
+def test_the_interval_of_an_accuracy_is_wilsons(correct: int, total: int) -> None:
+    low, high = score_split({"val/accuracy": correct / total, "val/num_images": total}, {}, "val")["interval"]
     assert 0 <= low <= correct / total <= high <= 1
     for bound in (low, high):
         if 0 < bound < 1:

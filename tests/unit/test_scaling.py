@@ -1,5 +1,7 @@
 import json
+import math
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from plates import published, scaling
+from plates import scaling
+from plates.cluster import Node, share_cpus
 from plates.config import BenchmarkConfig, UserError
 from plates.dataset import load_dataset
-from plates.published import leave_out_unreadable
-from plates.report.benchmark import say_model, tabulate_benchmark
-from plates.scaling import Row, extrapolate, fit_model, flags_of, plan_rows, summarize
+from plates.published import leave_out_unreadable, main
+from plates.report.benchmark import say_model, show_benchmark, tabulate_rates, tabulate_seconds
+from plates.rundir import write_json
+from plates.scaling import Row, command_of, extrapolate, fit_model, flags_of, plan_rows, share_threads, summarize
 
 
 def measure(num_workers: int, train_s: float, rate: float, startup_s: float = 10.0) -> dict:
@@ -24,23 +28,80 @@ def measure(num_workers: int, train_s: float, rate: float, startup_s: float = 10
         "num_nodes": 1, "threads_per_worker": 1, "precision": "fp32", "global_batch_size": 8, "startup_s": startup_s,
         "data_s": 0.0, "train_s": train_s, "inference_s": 1.0, "teardown_s": 0.5,
         "total_s": startup_s + train_s + 1.5, "train_images_per_sec": rate, "inference_images_per_sec": 5.0,
-        "val/loss": 0.5, "val/accuracy": 0.75, "device_seconds": 1.0, "is_extrapolated": False,
+        "val/loss": 0.5, "val/accuracy": 0.75, "device_seconds": 1.0, "is_extrapolated": False, "num_epochs": 100,
+        "startup_process_s": 3.0, "startup_ray_s": 2.0, "startup_group_s": 4.0, "steady_images_per_sec": 20.0,
     }  # fmt: skip
 
 
-def test_rows_are_the_published_loop_and_each_device_by_its_counts():
+def published(num_epochs: int, train_s: float, accuracy: float) -> dict:
+    """What the published loop prints."""
+    return {
+        "startup_s": 4.0, "train_s": train_s, "inference_s": 4.0, "num_epochs": num_epochs, "num_train": 30,
+        "num_test": 8, "num_threads": 2, "device_name": "test", "steady_images_per_sec": None, "val/loss": 0.6,
+        "val/accuracy": accuracy,
+    }  # fmt: skip
+
+
+def repeat_published(*measured: dict) -> dict:
+    """Its entry of the benchmark's table, each process having taken 9 s more than training."""
+    row = {"row": "published loop, cpu", "kind": "published", "device": "cpu", "num_workers": 0}
+    rows = [row | extrapolate(found, BenchmarkConfig(epochs=100), found["train_s"] + 9.0) for found in measured]
+    return summarize(pd.DataFrame([*rows, measure(1, 10.0, 10.0)]))[0]
+
+
+def threads_of(rows: list[Row], nodes: Sequence[Node]) -> dict[str, int]:
+    return share_threads(rows, lambda count, device: share_cpus(count, device, [*nodes]))
+
+
+def test_rows_are_by_device_the_published_loop_and_its_counts():
     names = [row.name for row in plan_rows(BenchmarkConfig(), num_cpus=6, num_gpus=0)]
     assert names == [
-        "published loop, cpu", "one process, cpu", "1 Ray worker, cpu", "2 Ray workers, cpu", "4 Ray workers, cpu"
+        "published loop, cpu", "one process, all cores, cpu", "1 Ray worker, cpu", "2 Ray workers, cpu",
+        "4 Ray workers, cpu",
     ]  # fmt: skip
     rows = plan_rows(BenchmarkConfig(devices=("cpu", "cuda"), worker_counts=(2,)), num_cpus=2, num_gpus=0)
-    assert [(row.device, row.num_workers) for row in rows[1:]] == [("cpu", 0), ("cpu", 2), ("cuda", 0), ("cuda", 2)]
+    assert [(row.kind, row.device, row.num_workers) for row in rows] == [
+        (kind, device, count)
+        for device in ("cpu", "cuda")
+        for kind, count in (("published", 0), ("plates", 0), ("plates", 2))
+    ]
 
 
-def test_weak_scaling_grows_the_work_and_needs_drawn_plates():
-    config = BenchmarkConfig(data="synthetic:50", scaling="weak", num_views=2)
-    assert "synthetic:200" in flags_of(config, 4)
-    assert "synthetic:50" in flags_of(config, 0)
+def test_of_four_gpus_each_worker_has_a_quarter_of_the_cpus_in_every_row():
+    rows = plan_rows(BenchmarkConfig(), num_cpus=16, num_gpus=4)
+    assert [row.num_workers for row in rows if row.device == "cpu"] == [0, 0, 1, 2, 4, 8, 16]
+    assert [row.num_workers for row in rows if row.device == "cuda"] == [0, 0, 1, 2, 4]
+    threads = threads_of(rows, [Node(num_cpus=16, num_gpus=4)])
+    assert threads == {"cpu": 1, "cuda": 4}
+    for row in rows:
+        command = command_of(row, BenchmarkConfig(), threads[row.device], Path("run"))
+        told = [command[place + 1] for place, flag in enumerate(command) if flag == "--cpus-per-worker"]
+        assert told == ([str(threads[row.device])] if row.num_workers else []), row
+        if row.kind == "plates":
+            assert command[command.index("--device") + 1] == row.device
+
+
+def test_threads_are_those_that_the_nodes_with_gpus_have_room_for():
+    rows = plan_rows(BenchmarkConfig(), num_cpus=24, num_gpus=4)
+    assert threads_of(rows, [Node(16, 0), Node(8, 4)])["cuda"] == 2, "not 24 / 4: the head node has no GPU"
+    too_many = plan_rows(BenchmarkConfig(worker_counts=(1, 2, 8)), num_cpus=8, num_gpus=4)
+    assert threads_of(too_many, [Node(8, 4)]) == {"cpu": 1, "cuda": 4}, "8 workers on 4 GPUs will not run"
+    assert threads_of(plan_rows(BenchmarkConfig(devices=("cuda",)), 8, 0), [Node(8, 0)]) == {"cuda": 1}
+
+
+def test_weak_scaling_keeps_the_images_of_a_worker_and_step_and_needs_drawn_plates():
+    config = BenchmarkConfig(data="synthetic:50", scaling="weak", num_views=2, lr=2e-3)
+    for num_workers, growth in ((0, 1), (1, 1), (4, 4)):
+        words = flags_of(config, num_workers)
+        flags = dict(zip(words[::2], words[1::2], strict=True))
+        assert flags["--data"] == f"synthetic:{50 * growth}"
+        assert flags["--global-batch-size"] == str(8 * growth)
+        assert float(flags["--lr"]) == pytest.approx(2e-3 * math.sqrt(growth))
+    assert "synthetic:160" in flags_of(BenchmarkConfig(scaling="weak"), 4), "of 40 by default"
+    strong = flags_of(BenchmarkConfig(data="synthetic:50"), 4)
+    assert [strong[strong.index(flag) + 1] for flag in ("--data", "--global-batch-size", "--lr")] == [
+        "synthetic:50", "8", "0.001",
+    ]  # fmt: skip
     assert flags_of(BenchmarkConfig(num_views=2), 4).count("--num-views") == 1
     with pytest.raises(UserError, match="--scaling weak: needs --data synthetic:N"):
         BenchmarkConfig(data="photos", scaling="weak")
@@ -56,7 +117,6 @@ def test_weak_scaling_has_its_own_efficiency_and_no_fit_of_strong_scaling():
     assert "T(1) / T(N)" in say_model(model)
     assert "parallel_s" not in model
     assert "parallel_s" in fit_model(summarize(repeats))
-    assert len({len(cells) for cells in tabulate_benchmark({"rows": entries})}) == 1
 
 
 def test_unreadable_images_are_skipped_in_every_row(folder):
@@ -74,11 +134,11 @@ def test_unreadable_images_are_skipped_in_every_row(folder):
 def test_the_published_loop_takes_the_cpus_of_its_container(monkeypatch, capsys):
     monkeypatch.setattr(joblib, "cpu_count", lambda: 1)
     settings = {"data": "synthetic:4", "backbone": "resnet18", "weights": "none", "trainable": "head", "seed": 0}
-    settings |= {"image_size": 32, "device": "cpu", "num_epochs": 1, "skip_unreadable": False}
+    settings |= {"image_size": 32, "device": "cpu", "num_epochs": 1, "skip_unreadable": False, "limit_s": 0}
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        published.main([json.dumps(settings)])
+        main([json.dumps(settings)])
     finally:
         torch.set_num_threads(before)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_threads"] == 1
@@ -104,7 +164,7 @@ def test_a_diverged_row_has_no_accuracy_and_a_place_in_the_table():
     rows = [measure(1, 10.0, 10.0) | {"val/loss": None, "val/accuracy": None}]
     (entry,) = summarize(pd.DataFrame(rows))
     assert entry["val/loss"] is None
-    assert tabulate_benchmark({"rows": [entry]})[0][-2] == "–"
+    assert tabulate_rates([entry])[1][-1] == "–"
 
 
 def test_repeats_become_min_median_max_and_ratios():
@@ -123,9 +183,37 @@ def test_what_cannot_run_is_a_row_that_says_why():
     failed = {"row": "4 Ray workers, cuda", "kind": "plates", "device": "cuda", "num_workers": 4, "reason": "no GPU"}
     entries = summarize(pd.DataFrame([measure(1, 10.0, 10.0), failed]))
     assert entries[1]["reason"] == "no GPU"
-    cells = tabulate_benchmark({"rows": entries})
-    assert len(cells[0]) == len(cells[1])
-    assert cells[1][0] == "4 Ray workers, cuda"
+    for header, ran, did_not in (tabulate_seconds(entries), tabulate_rates(entries)):
+        assert len(header) == len(ran) == len(did_not)
+        assert did_not == ["4 Ray workers, cuda", *["–"] * (len(header) - 1)]
+        assert "–" not in ran
+
+
+def test_the_tables_show_what_the_csv_has():
+    entries = summarize(pd.DataFrame([measure(2, 10.0, 90.0), measure(2, 30.0, 30.0), measure(2, 20.0, 45.0)]))
+    header, cells = tabulate_seconds(entries)
+    assert dict(zip(header, cells, strict=True)) == {
+        "row": "2 Ray workers, cpu", "start-up": "10.0", "process": "3.0", "Ray": "2.0", "group": "4.0",
+        "data": "0.0", "train": "20.0 (10.0–30.0)", "inference": "1.0", "teardown": "0.5",
+        "total": "31.5 (21.5–41.5)", "speed-up": "1.00", "device-s": "1",
+    }  # fmt: skip
+    header, cells = tabulate_rates(entries)
+    assert dict(zip(header, cells, strict=True)) == {
+        "row": "2 Ray workers, cpu", "device": "test", "precision": "fp32", "nodes": "1", "threads": "1",
+        "global batch": "8", "train/s": "45.0", "a worker": "22.5", "steady/s": "20.0", "infer/s": "5.0",
+        "efficiency": "1.00", "val accuracy": "75.0%",
+    }  # fmt: skip
+
+
+def test_the_page_quotes_the_course_outside_the_table(tmp_path):
+    entries = summarize(pd.DataFrame([measure(1, 10.0, 10.0)]))
+    found = {"repeats": 1, "scaling": "strong", "rows": entries, "model": fit_model(entries)}
+    write_json(tmp_path / "benchmark.json", found)
+    section = show_benchmark(tmp_path)
+    assert section is not None
+    assert "454.933 s" in section["quoted"]
+    assert "141.777 s" in section["quoted"]
+    assert not any("454" in cell for _, _, rows, _ in section["tables"] for cells in rows for cell in cells)
 
 
 def test_the_model_finds_the_parts_it_was_made_of():
@@ -145,13 +233,27 @@ def test_too_few_counts_are_not_fitted():
     assert "3 worker counts measured" in say_model(model)
 
 
-def test_the_published_loop_is_marked_as_extrapolated():
-    measured = {
-        "train_s": 6.0, "inference_s": 4.0, "num_epochs": 3, "num_train": 30, "num_test": 8, "num_threads": 2,
-        "device_name": "test",
-    }  # fmt: skip
-    row = extrapolate(measured, BenchmarkConfig(epochs=100), wall_s=15.0)
-    assert row["is_extrapolated"]
-    assert row["train_s"] == pytest.approx(200.0)
-    assert row["total_s"] == pytest.approx(5 + 200 + 4)
-    assert row["train_images_per_sec"] == pytest.approx(15.0)
+def test_the_published_loop_cut_short_is_marked_and_so_is_its_accuracy():
+    entry = repeat_published(published(3, 6.0, 0.5))
+    assert entry["is_extrapolated"]
+    assert entry["train_s"]["median"] == pytest.approx(200.0)
+    assert entry["teardown_s"]["median"] == pytest.approx(1.0)
+    assert entry["total_s"]["median"] == pytest.approx(4 + 200 + 4 + 1)
+    assert entry["train_images_per_sec"] == pytest.approx(15.0)
+    _, cells = tabulate_rates([entry])
+    assert cells[0] == "published loop, cpu (extrapolated)"
+    assert cells[-1] == "50.0% after 3 epochs"
+
+
+def test_the_published_loop_in_full_is_measured():
+    entry = repeat_published(published(100, 150.0, 0.875), published(100, 170.0, 0.875))
+    assert not entry["is_extrapolated"]
+    assert entry["train_s"]["median"] == pytest.approx(160.0)
+    _, cells = tabulate_rates([entry])
+    assert (cells[0], cells[-1]) == ("published loop, cpu", "87.5%")
+
+
+def test_the_accuracy_of_repeats_on_both_sides_of_the_limit_is_that_of_the_short_ones():
+    entry = repeat_published(published(100, 179.0, 0.9), published(3, 5.5, 0.5), published(100, 178.0, 0.9))
+    _, cells = tabulate_rates([entry])
+    assert (cells[0], cells[-1]) == ("published loop, cpu (extrapolated)", "50.0% after 3 epochs")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.tune.experiment import Trial
 from scipy import stats
 from torch.nn.functional import cross_entropy
 
@@ -14,6 +15,7 @@ from plates.dataset import Dataset, Sample, SyntheticSource
 from plates.head import HeadSettings, fit_heads
 from plates.model import Weights
 from plates.sweep import draw_schedules, training_trials
+from plates.sweep.asha import LastingASHA
 from plates.sweep.head_trials import HeadSweep, score_schedule
 from plates.sweep.scores import make_folds, paired_difference, summarize, tabulate_trials
 from plates.sweep.tuner import state_of
@@ -289,15 +291,52 @@ def test_a_folds_state_is_gone_once_its_score_is_known_and_the_score_is_not_comp
 
 
 @pytest.mark.parametrize(
-    ("device", "num_workers", "wanted", "expected"),
-    [("cpu", 1, None, (8, 1)), ("cpu", 1, 3, (3, 1)), ("cuda", 1, None, (4, 2)), ("cuda", 1, 6, (6, 1))],
+    ("device", "nodes", "flags", "expected"),
+    [
+        ("cpu", [(64, 0)], {}, (1, 2, 32)),
+        ("cpu", [(64, 0)], {"num_trials": 4}, (1, 16, 4)),
+        ("cpu", [(64, 0)], {"num_workers": 4}, (4, 2, 8)),
+        ("cpu", [(64, 0)], {"cpus_per_worker": 1}, (1, 1, 64)),
+        ("cpu", [(64, 0)], {"cpus_per_worker": 24}, (1, 24, 2)),
+        ("cpu", [(16, 0), (8, 0)], {}, (1, 2, 12)),
+        ("cpu", [(16, 0), (8, 0)], {"num_trials": 3}, (1, 8, 3)),
+        ("cpu", [(3, 0), (3, 0)], {}, (1, 3, 2)),
+        ("cpu", [(2, 0)], {}, (1, 2, 1)),
+        ("cpu", [(2, 0)], {"num_workers": 2}, (2, 1, 1)),
+        ("cpu", [(2, 0)], {"cpus_per_worker": 1}, (1, 1, 2)),
+        ("cpu", [(1, 0)], {}, (1, 1, 1)),
+        ("cuda", [(16, 4)], {}, (1, 4, 4)),
+        ("cuda", [(16, 4)], {"num_workers": 2}, (2, 4, 2)),
+        ("cuda", [(16, 4)], {"cpus_per_worker": 6}, (1, 6, 2)),
+        ("cuda", [(8, 8)], {}, (1, 1, 8)),
+        ("cuda", [(16, 4), (32, 0)], {}, (1, 4, 4)),
+    ],
 )
-def test_a_trial_takes_the_cpus_asked_for(device, num_workers, wanted, expected):
-    plan = Plan(num_workers, device, 1, "")
-    packed, num_concurrent = training_trials.pack_trials(plan, wanted, [Node(8, 2)])
-    assert (packed.cpus_per_worker, num_concurrent) == expected
+def test_as_many_trials_run_at_a_time_as_find_room(device, nodes, flags, expected):
+    """(Ray workers of a trial, CPUs of each, trials at a time); there are 64 trials unless told."""
+    config = TuneConfig(**flags)
+    plan = Plan(0 if config.num_workers == "auto" else config.num_workers, device, 1, "")
+    packed, num_concurrent = training_trials.pack_trials(plan, config, [Node(*node) for node in nodes])
+    assert (packed.num_workers, packed.cpus_per_worker, num_concurrent) == expected
+
+
+def test_a_trial_is_one_worker_also_where_the_job_has_one_on_each_node():
+    packed, num_concurrent = training_trials.pack_trials(Plan(2, "cpu", 8, ""), TuneConfig(), [Node(8, 0)] * 2)
+    assert (packed.num_workers, packed.cpus_per_worker, num_concurrent) == (1, 2, 8)
 
 
 def test_more_cpus_for_a_trial_than_there_are_is_one_line():
     with pytest.raises(UserError, match="--cpus-per-worker 9"):
-        training_trials.pack_trials(Plan(0, "cpu", 8, ""), 9, [Node(8, 0)])
+        training_trials.pack_trials(Plan(0, "cpu", 8, ""), TuneConfig(cpus_per_worker=9), [Node(8, 0)])
+
+
+@pytest.mark.parametrize(("score", "decision"), [(0.9, "STOP"), (0.3, "CONTINUE")])
+def test_asha_compares_with_trials_that_ended_before_the_sweep_was_cut_off(score, decision):
+    scheduler = LastingASHA(metric="score", mode="min", max_t=4, grace_period=2, reduction_factor=2)
+    trials = [Trial("trial", stub=True) for _ in range(3)]
+    trials[0].update_last_result({"training_iteration": 4, "score": 0.5, "scores": [0.7, 0.6, 0.5, 0.5]})
+    trials[1].update_last_result({"training_iteration": 2, "score": 0.8, "scores": [0.8, 0.8]})
+    for trial in trials:
+        scheduler.on_trial_add(None, trial)
+    assert scheduler.on_trial_result(None, trials[2], {"training_iteration": 1, "score": 5.0}) == "CONTINUE"
+    assert scheduler.on_trial_result(None, trials[2], {"training_iteration": 2, "score": score}) == decision

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from plates.timing import Phases, timing_table
+from plates import timing
+from plates.timing import NUM_WARM_UP_IMAGES, Pace, Phases, startup_and_pace, timing_table
 
 
 def trained(rank: int, node: str, num_images: int | None = 100, train_s: float = 10.0) -> dict[str, Any]:
@@ -47,3 +48,35 @@ def test_where_nothing_was_trained_the_workers_of_prediction_are_the_rows():
     assert table["rank"].tolist()[1:] == [0, 1]
     assert table["inference_s"].tolist() == [2.0, 1.0, 2.0]
     assert table["train_images_per_sec"].isna().all()
+
+
+@pytest.mark.parametrize("batch", [1, 32, 34, 256])
+def test_the_steady_rate_leaves_out_the_batches_of_the_warm_up(monkeypatch, batch):
+    """Batches take 5 s each until the first images are through, and then run at 100 images/s."""
+    now_s, pace = 0.0, Pace()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now_s)
+    for _ in range(1000):
+        now_s += 5.0 if pace.num_images < NUM_WARM_UP_IMAGES else batch / 100
+        pace.count(batch)
+    assert pace.steady_rate() == pytest.approx(100.0)
+
+
+def test_too_few_images_have_no_steady_rate():
+    pace = Pace()
+    assert pace.steady_rate() is None
+    for _ in range(2 * NUM_WARM_UP_IMAGES - 1):
+        pace.count(1)
+    assert pace.steady_rate() is None
+    pace.count(1)
+    assert pace.steady_rate() is not None
+
+
+def test_the_parts_of_startup_and_the_rate_of_all_workers():
+    driver = Phases()
+    driver.seconds.update(process=3.0, ray=5.0)
+    rows = [{"startup_s": 9.0, "steady_images_per_sec": 40.0}, {"startup_s": 11.0, "steady_images_per_sec": 38.0}]
+    assert startup_and_pace(driver, rows) == {
+        "startup_process_s": 3.0, "startup_ray_s": 5.0, "startup_group_s": 11.0, "steady_images_per_sec": 78.0,
+    }  # fmt: skip
+    unknown = {"startup_s": 1.0, "steady_images_per_sec": None}
+    assert startup_and_pace(driver, [*rows, unknown])["steady_images_per_sec"] is None

@@ -57,6 +57,16 @@ def epoch_order(seed: int, epoch: int, groups: Tensor) -> Tensor:
     return order[windows[order].argsort(stable=True)]
 
 
+def make_optimizer(
+    parameters: list[torch.nn.Parameter], lr: float, step_size: int, gamma: float
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.StepLR]:
+    """The optimizer and the schedule, stepped after each epoch, of every way of training."""
+    optimizer = torch.optim.Adam(
+        parameters, lr=lr, fused=True
+    )  # fused: steps that overflow in fp16 are skipped there
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma)
+
+
 def fit_heads(
     features: Tensor,
     labels: Tensor,
@@ -88,8 +98,7 @@ def fit_heads(
     for (lr, step_size, gamma, _), places in alike.items():
         indices = [torch.tensor(settings[place].indices) for place in places]
         weight, bias = (torch.nn.Parameter(value.repeat(len(places), *[1] * value.dim())) for value in initial)
-        optimizer = torch.optim.Adam([weight, bias], lr=lr, fused=True)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma)
+        optimizer, scheduler = make_optimizer([weight, bias], lr, step_size, gamma)
         figures = []
         for epoch in range(epochs):
             orders = [one[epoch_order(seed, epoch, groups[one])] for one in indices]

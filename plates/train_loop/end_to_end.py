@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from plates import metrics
 from plates.dataset import Sample, Source, row_groups
 from plates.device import DTYPES, move
-from plates.head import FIGURES, epoch_order
+from plates.head import FIGURES, epoch_order, make_optimizer
 from plates.images import prefetch
 from plates.model import Classifier, set_trainable
 from plates.timing import Phases
@@ -97,8 +97,7 @@ def train_epochs(
         training images this worker computed.
     """
     config, dataset = task.config, task.dataset
-    optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
+    optimizer, scheduler = make_optimizer(parameters, config.lr, config.step_size, config.gamma)
     scaler = torch.amp.GradScaler(worker.device.type, LOSS_SCALE, enabled=task.precision == "fp16")
     state = SavedState(task, parameters, optimizer, scheduler, scaler)
     state.restore(worker)

@@ -63,7 +63,7 @@ def make_optimizer(
     """The optimizer and the schedule, stepped after each epoch, of every way of training."""
     optimizer = torch.optim.Adam(
         parameters, lr=lr, fused=True
-    )  # fused: steps that overflow in fp16 are skipped there
+    )  # fused: it skips what overflows in fp16
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma)
 
 

@@ -61,9 +61,7 @@ def make_optimizer(
     parameters: list[torch.nn.Parameter], lr: float, step_size: int, gamma: float
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.StepLR]:
     """The optimizer and the schedule, stepped after each epoch, of every way of training."""
-    optimizer = torch.optim.Adam(
-        parameters, lr=lr, fused=True
-    )  # fused: it skips what overflows in fp16
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)  # fused: it skips what overflows in fp16
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma)
 
 

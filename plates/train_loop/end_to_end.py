@@ -102,7 +102,7 @@ def train_epochs(
     state = SavedState(task, parameters, optimizer, scheduler, scaler)
     state.restore(worker)
     groups, num_images = row_groups(dataset.source, dataset.train), 0
-    forward = DistributedDataParallel(model, forward_sync_buffers=False) if dist.is_initialized() else model
+    forward = sum_gradients(model) if dist.is_initialized() else model
     epochs = range(len(state.history), config.epochs)
     tell_left(task.run, len(epochs), worker)
     for epoch in progress(epochs, len(epochs), "training", "epoch", worker):
@@ -112,8 +112,7 @@ def train_epochs(
         for batch, labels, global_count in train_batches(task, worker, epoch, order, cache):
             with autocast(task, worker):
                 logits = forward(batch)
-                # DistributedDataParallel averages over workers; the loss is a mean over the global batch.
-                loss = cross_entropy(logits, labels, reduction="sum") * (worker.world_size / global_count)
+                loss = cross_entropy(logits, labels, reduction="sum") / global_count  # a part of the batch's mean
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -135,6 +134,22 @@ def train_epochs(
         if worker.rank == 0:
             state.save(is_last=epoch == config.epochs - 1)
     return state, num_images
+
+
+def sum_gradients(model: Classifier) -> DistributedDataParallel:
+    """The model, its gradients summed over workers.
+
+    The average that is torch's default would want losses larger by the number of workers, on which then would depend
+    what overflows in fp16.
+    """
+
+    def sum_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()  # pyright: ignore
+        return summed.then(lambda future: future.value()[0])
+
+    parallel = DistributedDataParallel(model, forward_sync_buffers=False)
+    parallel.register_comm_hook(None, sum_bucket)  # pyright: ignore[reportArgumentType]
+    return parallel
 
 
 def train_batches(

@@ -25,7 +25,7 @@ SMALL = [
     "--folds", "3", "--cv-repeats", "2", "--num-views", "2",
 ]  # fmt: skip
 TRUNK = [*SMALL, "--trainable", "layer4", "--folds", "2"]
-FOUR = [*TRUNK, "--epochs", "3", "--num-trials", "4", "--seed", "1"]
+FOUR = [*TRUNK, "--epochs", "3", "--num-trials", "4", "--seed", "1", "--lr", "1e-5"]
 
 
 def test_a_sweep_writes_all_its_files(tmp_path, local_ray, capsys):

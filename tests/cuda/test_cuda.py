@@ -22,8 +22,7 @@ from plates.device import best_precision, decide_precision, devices_here
 from plates.model import preprocessing_of
 from plates.predict import predict
 from plates.train_loop import train
-from plates.train_loop.group import Worker
-from plates.train_loop.task import Task, Trained
+from plates.train_loop.task import Trained
 from plates.transforms import draw_view, make_views, whole_image
 
 pytestmark = pytest.mark.timeout(600)
@@ -117,18 +116,17 @@ def test_predictions_are_those_of_the_cpu(precision, on_cpu):
         assert abs(table["p_dirty"] - expected["p_dirty"]).max() < (1e-3 if precision == "fp32" else 0.05)
 
 
-def train_killed_once(task: Task, worker: Worker) -> Trained | None:
-    """`train`, in which the last worker of the first group is killed when it has begun."""
-    has_died = task.run / "has-died"
-    if worker.rank == worker.world_size - 1 and not has_died.exists():
-        has_died.write_bytes(b"")
-        threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    return train(task, worker)
-
-
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=CUDA)])
 def test_a_killed_worker_is_outlived(device, tmp_path, local_ray):
     """All GPUs, or two CPUs; to the end with the model of a run in this process."""
+
+    def train_killed_once(task, worker):  # by value: Ray's workers do not have this module
+        has_died = task.run / "has-died"
+        if worker.rank == worker.world_size - 1 and not has_died.exists():
+            has_died.write_bytes(b"")
+            threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return train(task, worker)
+
     config = replace(drawn("layer4", "fp32"), epochs=300, image_size=32, lr=1e-5, step_size=1000)
     plan = plan_for("all GPUs", "cuda") if device == "cuda" else Plan.on("cpu", 2, 1, "test")
     (tmp_path / "run").mkdir()

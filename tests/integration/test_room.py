@@ -4,8 +4,7 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from test_train import CONFIG, train_on
 
 from plates import sweep
 from plates.cluster import Plan, find_room
-from plates.config import TrainConfig, UserError
+from plates.config import UserError
 from plates.train_loop.group import tell_left
 from plates.trainer import MAX_VAIN_RESTARTS, run_loop
 from ray_jobs import tune
@@ -97,37 +96,30 @@ def test_what_has_lost_workers_goes_on_with_the_room_that_is_free(hold_cpus):
     assert time.monotonic() - began_s < 10
 
 
-def die(task, worker):
-    """As many times as `task.config.epochs` says; says before how much there is to do: as much as ever with
-    `num_views` 1, else less each time."""
-    deaths = task.run / "deaths"
-    if worker.rank == 0:
+@pytest.mark.slow
+@pytest.mark.parametrize("brings", ["progress", "nothing"])
+def test_a_run_is_given_up_only_where_its_losses_bring_nothing(brings, local_ray, tmp_path):
+    deaths, num_deaths = tmp_path / "deaths", 6 if brings == "progress" else 100
+
+    def die(task, worker):
         done = len(deaths.read_text()) if deaths.exists() else 0
-        tell_left(task.run, 10 if task.config.num_views == 1 else 10 - done, worker)
-        if done < task.config.epochs:
+        tell_left(task.run, 100 - done if brings == "progress" else 100, worker)
+        if done < num_deaths:
             deaths.write_text("x" * (done + 1))
             os.kill(os.getpid(), signal.SIGKILL)
-    return "alive"
+        return "alive"
 
+    class Task:
+        run = tmp_path
+        config = CONFIG
 
-@dataclass(frozen=True)
-class Dying:
-    """What `die` is told, and the loop needs."""
-
-    run: Path
-    config: TrainConfig
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["progress", "none"])
-def test_a_run_is_given_up_only_where_its_losses_bring_nothing(kind, local_ray, tmp_path):
     one = replace(TWO, num_workers=1)
-    if kind == "progress":
-        assert run_loop(die, Dying(tmp_path, TrainConfig(epochs=6)), one) == "alive"
+    if brings == "progress":
+        assert run_loop(die, Task(), one) == "alive"
     else:
         with pytest.raises(TrainingFailedError):
-            run_loop(die, Dying(tmp_path, TrainConfig(epochs=100, num_views=1)), one)
-        assert len((tmp_path / "deaths").read_text()) == 1 + MAX_VAIN_RESTARTS
+            run_loop(die, Task(), one)
+        assert len(deaths.read_text()) == 1 + MAX_VAIN_RESTARTS
 
 
 def test_no_worker_gives_up_on_another_that_works_longer(local_ray, tmp_path):

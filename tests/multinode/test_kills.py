@@ -124,7 +124,7 @@ def test_ctrl_c_ends_a_run_on_ray(phase, cluster, tmp_path):
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
     assert run.wait(30) == 1
-    assert "the same command with the same --out goes on" in log.read_text()
+    assert f"the same command with --out {tmp_path / 'run'} goes on" in log.read_text()
     again = start_run(tmp_path / "run", LAYER4, 2)
     assert again.wait(200) == 0, log.read_text()
     assert len(pd.read_csv(tmp_path / "run" / "predictions.csv")) == 24

@@ -102,7 +102,7 @@ def wait_for(text: str, capfd: pytest.CaptureFixture, seen: list[str], limit_s: 
     while text not in "".join(seen):
         assert time.monotonic() < deadline_s, "".join(seen)
         time.sleep(0.2)
-        seen.append(capfd.readouterr().out)
+        seen += capfd.readouterr()
 
 
 @pytest.mark.slow

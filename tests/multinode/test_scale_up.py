@@ -86,14 +86,9 @@ def test_a_run_whose_last_node_is_taken_away_waits_for_its_replacement(growing_c
         run = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": growing_cluster}, stdout=file, stderr=file)
     while run.poll() is None and "training:" not in log.read_text():
         time.sleep(0.2)
-    raylets = [
-        p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] and "raylet/raylet" in p.info["cmdline"][0]
-    ]
-    worker = next(
-        p
-        for p in raylets
-        if f"--gcs-address={growing_cluster}" in p.info["cmdline"] and "--head" not in p.info["cmdline"]
-    )
+    lines = [(p, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"])]
+    raylets = [(p, line) for p, line in lines if "/raylet/raylet " in line and ":6379 " in line]
+    (worker,) = [p for p, line in raylets if "--head" not in line]
     worker.kill()
     assert run.wait(200) == 0, log.read_text()
     assert "the cluster has lost its nodes: waiting" in log.read_text()

@@ -34,7 +34,7 @@ def train(config: TrainConfig) -> int:
     with phases.measure("ray"):
         plan = cluster.plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
     best = check_nodes(plan, dataset, run, cache_root() if config.trainable == "head" else None)
-    weights = resolve_weights(config.backbone, config.weights, config.seed)
+    weights = resolve_weights(config.backbone, config.weights, config.seed, config.image_size)
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
     precision = decide_precision(config.precision, weights.backbone, plan.device, best)
     task = make_task(config, dataset, digests, weights, preprocessing, precision, run)

@@ -87,7 +87,8 @@ def make_views(image: Tensor, views: Sequence[View], preprocessing: Preprocessin
     """Crops of an image at the model's size, not yet mirrored.
 
     With antialiasing, as torchvision's transforms. On CPUs torch has a kernel for bytes, which rounds in between;
-    elsewhere they are computed in float32 and rounded, the same to 1 of 255.
+    elsewhere they are computed in float32 and rounded, the same to 1 of 255; more at hard edges where bicubic leaves
+    the range of bytes, which the kernel clips in between, as PIL does.
 
     Args:
         image: (3, H, W) uint8; or float32, for the way of devices without that kernel.

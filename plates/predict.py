@@ -162,7 +162,7 @@ def predict_on_ray(bundle: Bundle, source: Source, paths: list[str], plan: Plan,
             "precision": precision,
             "num_threads": None if plan.uses_whole_nodes else plan.cpus_per_worker,
         },
-        batch_size=None,
+        batch_size=step,  # Ray Data wants one where GPUs are asked for
         compute=ray.data.ActorPoolStrategy(size=plan.num_workers),
         num_cpus=plan.cpus_per_worker,
         num_gpus=1 if plan.resource == "GPU" else 0,

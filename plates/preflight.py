@@ -15,7 +15,7 @@ import torch
 from plates.cluster import Plan, is_in_cluster, this_node
 from plates.config import UserError
 from plates.dataset import Dataset, Source, UnreadableImageError
-from plates.device import best_precision, devices_here
+from plates.device import LEAST_ABLE_FIRST, best_precision, devices_here
 from plates.rundir import TRIAL_PREFIX, versions
 from plates.storage import Place, remove_tree
 
@@ -33,14 +33,14 @@ class Probe:
     device: str
     shm_bytes: int | None
     versions: dict[str, str]
-    precision: str | None  # that `auto` is on its device; None where it cannot be told
+    precision: str | None  # the best of its device, of several the least able one's; None where torch sees none
     problems: tuple[str, ...]
 
 
 def check_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = None) -> list[str]:
     """Tries every node that may get a worker, and the cache where it is needed also on this machine alone.
 
-    Returns: the best precision of each of the plan's devices.
+    Returns: the best precision of each node's devices, or of each device of this machine.
 
     Raises: UserError naming a node and what it cannot do.
     """
@@ -171,9 +171,10 @@ def probe_node(
              if found.get(name) != value]  # fmt: skip
     if other:
         problems.append(f"has {', '.join(other)}; install the same versions on all nodes")
-    cuda_problems = check_cuda() if device == "cuda" else []
-    problems += cuda_problems
-    precision = None if cuda_problems else best_precision(torch.device(device))
+    if device == "cuda":
+        problems += check_cuda()
+    best = [best_precision(found) for found in devices_here(device)]
+    precision = min(best, key=LEAST_ABLE_FIRST.index, default=None)
     shm_bytes = shutil.disk_usage(SHM).total if SHM.is_dir() else None
     if device == "cuda" and shm_bytes is not None and shm_bytes < MIN_SHM_BYTES:
         problems.append(f"has {shm_bytes >> 20} MiB of /dev/shm; start its container with --shm-size=8g")

@@ -13,7 +13,6 @@ from plates.config import TrainConfig, UserError
 from plates.dataset import Dataset, UnreadableImageError
 from plates.features import cache_root
 from plates.model import Weights
-from plates.rundir import versions
 from plates.storage import Place, remove_tree
 from plates.train_loop.group import LEFT_FILE, STATE_FOLDER, Worker
 from plates.train_loop.task import Task
@@ -37,27 +36,6 @@ def make_task(
 ) -> Task:
     """What the workers are told; start-up is counted from here."""
     return Task(config, dataset, weights, preprocessing, precision, digests, cache_root(), run, time.time())
-
-
-def describe(task: Task, plan: Plan) -> dict[str, Any]:
-    """What a run resolved its settings to: for config.json, the checkpoint and the report."""
-    config, dataset = task.config, task.dataset
-    return {
-        "backbone": task.weights.backbone,
-        "backbone_reason": task.weights.reason,
-        "weights_source": task.weights.source,
-        "seed": config.seed,
-        "num_views": config.num_views or config.epochs,
-        "num_workers": plan.num_workers,
-        "device": plan.device,
-        "precision": task.precision,
-        "threads_per_worker": None if plan.uses_whole_nodes else plan.cpus_per_worker,
-        "plan": plan.line,
-        "classes": list(dataset.classes),
-        "num_images": {"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)},
-        "versions": versions(),
-        "notes": [] if dataset.test else ["The data set has no test split: nothing was predicted."],
-    }
 
 
 def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan) -> ResultT:

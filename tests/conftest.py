@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+pytest_plugins = ["table_of_passes"]  # a second conftest.py would be imported under the same name as this one
 
 
 @pytest.fixture(scope="session")

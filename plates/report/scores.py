@@ -1,6 +1,5 @@
 """The scores of a split, and its confusion matrix."""
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -21,15 +20,10 @@ def score_split(metrics: dict[str, Any], config: dict[str, Any], split: str) -> 
     hits = sum(count for (true, guess), count in cells.items() if true == guess)
     correct = hits if cells else round((accuracy or 0) * judged)
     score = {"split": split, "accuracy": accuracy, "loss": loss, "images": images, "judged": judged, "cells": cells}
-    return score | {"correct": correct, "interval": wilson_interval(correct, judged) if judged else (0.0, 1.0)}
+    from scipy.stats import binomtest  # takes a second, which the driver of a run has while it writes its report
 
-
-def wilson_interval(correct: int, judged: int) -> tuple[float, float]:
-    """Return the 95% Wilson interval, as fractions, for `correct` out of `judged` > 0 images."""
-    z, share = 1.959964, correct / judged
-    centre, scale = share + z * z / (2 * judged), 1 + z * z / judged
-    margin = z * math.sqrt(share * (1 - share) / judged + z * z / (4 * judged * judged))
-    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+    interval = tuple(binomtest(correct, judged).proportion_ci(method="wilson")) if judged else (0.0, 1.0)
+    return score | {"correct": correct, "interval": interval}
 
 
 def show_scores(metrics: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:

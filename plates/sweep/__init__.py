@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from plates.cluster import Plan
+from plates.cluster import Plan, find_room
 from plates.config import TuneConfig
 from plates.head import HeadSettings, fit_heads
 from plates.sweep.head_trials import HeadSweep, run_head_trials
@@ -53,6 +53,8 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     schedules = draw_schedules(config)
     start_s = time.perf_counter()
     sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config)
+    if plan.num_workers:  # Tune itself would wait for a CPU without a word and for ever
+        find_room(replace(plan, num_workers=1, device="cpu", cpus_per_worker=1))
     results = run_head_trials(sweep, state_of(task))
     trials = tabulate_trials(results, schedules)
     winner = int(trials["is_winner"].to_numpy().argmax())

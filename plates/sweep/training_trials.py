@@ -89,7 +89,8 @@ def pack_trials(plan: Plan, config: TuneConfig, nodes: list[Node]) -> tuple[Plan
         cpus = share_cpus(num_workers * num_concurrent, plan.device, nodes)
         if cpus and cpus >= (beside if num_concurrent > 1 else alone):
             cpus = config.cpus_per_worker or cpus
-            return replace(plan, num_workers=num_workers, cpus_per_worker=cpus), num_concurrent
+            room = replace(plan, num_workers=num_workers, cpus_per_worker=cpus, uses_whole_nodes=False)
+            return room, num_concurrent
     asked = f", --cpus-per-worker {config.cpus_per_worker}" if config.cpus_per_worker else ""
     raise UserError(f"--num-workers {num_workers}{asked}: the cluster has no room for the workers of one trial")
 

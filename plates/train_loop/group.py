@@ -29,7 +29,7 @@ class Worker:
     world_size: int
     device: torch.device
     is_ray: bool
-    threads: tuple[int, ...]  # of each rank
+    threads: tuple[int, ...]
     pace: Pace = field(default_factory=Pace)
 
     @property

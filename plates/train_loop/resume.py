@@ -83,7 +83,9 @@ class SavedState:
                 with torch.no_grad():
                     self.parameters[int(index)].copy_(value)
             else:
-                states.setdefault(int(index), {})[kind] = value
+                # As the parameter lies in memory: Adam's fused kernel pairs the values of both by their order there.
+                alike = torch.empty_like(self.parameters[int(index)]).copy_(value) if value.dim() else value
+                states.setdefault(int(index), {})[kind] = alike
         groups[0]["lr"] = told["scheduler"]["_last_lr"][0]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         self.scheduler.load_state_dict(told["scheduler"])

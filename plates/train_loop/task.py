@@ -5,12 +5,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plates.config import TrainConfig
 from plates.dataset import Dataset
 from plates.model import Weights, hash_weights
+from plates.rundir import versions
 from plates.storage import Place
 from plates.transforms import Preprocessing
 
@@ -35,7 +35,7 @@ class Task:
 
 
 def task_key(task: Task) -> str:
-    """Hash of what a task's result follows from: settings, labelled images by content, weights by content. What was
+    """Hash of what a task's result follows from: settings, labelled images and weights by content, versions. What was
     stored under one key is never joined to work under another."""
     labelled = (task.dataset.train, task.dataset.val)
     whole = {
@@ -45,7 +45,7 @@ def task_key(task: Task) -> str:
         "weights": hash_weights(task.weights.state),
         "preprocessing": task.preprocessing.to_dict(),
         "precision": task.precision,
-        "torch": torch.__version__,
+        "versions": versions(),
     }
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 

@@ -271,7 +271,7 @@ def run_beside(config, tmp_path, monkeypatch, meanwhile=lambda: None):
     Returns: what both gave, and the parts of the first as the second left them.
     """
     monkeypatch.setattr("plates.parts.SECONDS_PER_PART", 0.0)
-    monkeypatch.setattr(features, "VIEWS_PER_FORWARD", 2)
+    monkeypatch.setattr("plates.device.CPU_BATCH_SIZE", 2)
     cache, read, calls = features.cache_root() / "features", FolderSource.read, count()
     is_held, may_go_on = threading.Event(), threading.Event()
 

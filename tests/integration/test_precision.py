@@ -19,8 +19,7 @@ LR = {"head": 1e-3, "layer4": 1e-3, "all": 1e-4}
 
 
 def drawn(trainable: str, precision: str) -> TrainConfig:
-    epochs = 2 if precision == "fp16" else DRAWN.epochs  # CPUs compute fp16 twenty times as slowly
-    return replace(DRAWN, trainable=trainable, precision=precision, lr=LR[trainable], epochs=epochs)
+    return replace(DRAWN, trainable=trainable, precision=precision, lr=LR[trainable])
 
 
 def losses_of(trained: Trained) -> torch.Tensor:
@@ -34,20 +33,23 @@ def in_fp32(tmp_path_factory) -> dict[str, torch.Tensor]:
     return {name: losses_of(train_on(0, drawn(name, "fp32"), folder / name)) for name in LR}
 
 
-@pytest.mark.parametrize("precision", ["auto", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "epochs"),  # CPUs compute fp16 ten times as slowly
+    [("auto", 15), ("bf16", 15), ("fp16", 2), pytest.param("fp16", 15, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("trainable", ["head", "layer4", "all"])
-def test_losses_follow_those_of_fp32(trainable, precision, in_fp32, tmp_path):
+def test_losses_follow_those_of_fp32(trainable, precision, epochs, in_fp32, tmp_path):
     if precision == "bf16" and best_precision(torch.device("cpu")) == "bf16":
         pytest.skip("auto is bf16 here")
-    losses = losses_of(train_on(0, drawn(trainable, precision), tmp_path))
+    losses = losses_of(train_on(0, replace(drawn(trainable, precision), epochs=epochs), tmp_path))
     # 0.05, and what 8 bits leave of a loss above 1.
     assert torch.allclose(losses, in_fp32[trainable][: len(losses)], atol=0.05, rtol=0.01)
 
 
-@pytest.mark.parametrize("precision", ["auto", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("trainable", ["head", "layer4", "all"])
 def test_two_workers_train_the_model_of_one(trainable, precision, folder, tmp_path, local_ray):
-    """Sums are rounded in another order, to 8 bits where auto is bf16."""
+    """Sums are rounded in another order, to 8 bits in bf16."""
     config = replace(CONFIG, data=str(folder), trainable=trainable, precision=precision, lr=1e-5, epochs=3)
     here, on_ray = (train_on(count, config, tmp_path / str(count)) for count in (0, 2))
     assert torch.allclose(losses_of(here), losses_of(on_ray), atol=0.02)
@@ -72,14 +74,15 @@ def test_steps_that_overflow_are_skipped_by_all_workers_together(trainable, tmp_
     assert 1 <= here.num_skipped_steps == on_ray.num_skipped_steps <= 3
     in_fp32 = train_on(0, replace(config, precision="fp32"), tmp_path / "fp32")
     assert torch.allclose(losses_of(here), losses_of(on_ray), rtol=0.02)
-    assert torch.allclose(losses_of(here), losses_of(in_fp32), rtol=0.05)
+    assert torch.allclose(losses_of(here), losses_of(in_fp32), rtol=0.1)
 
 
 def test_a_skipped_step_is_no_step_and_its_images_count(tmp_path, caplog):
     """Where every step overflows nothing is trained: the loss is that of fp32 at a learning rate of almost 0."""
     config = replace(CONFIG, data="synthetic:20", trainable="all", precision="fp16", weights=loud(1e4, tmp_path))
+    config = replace(config, epochs=1)
     trained = train_on(0, config, tmp_path / "fp16")
-    assert trained.num_skipped_steps == 2 * 3
+    assert trained.num_skipped_steps == 3
     assert "all steps overflowed in fp16" in caplog.text
     before = resolve_weights("resnet18", config.weights, 0).state
     for name, value in before.items():

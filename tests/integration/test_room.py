@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -13,10 +14,12 @@ import torch.distributed as dist
 from ray.train import TrainingFailedError
 from test_train import CONFIG, train_on
 
+from plates import sweep
 from plates.cluster import Plan, find_room
 from plates.config import TrainConfig, UserError
 from plates.train_loop.group import tell_left
 from plates.trainer import MAX_VAIN_RESTARTS, run_loop
+from ray_jobs import tune
 
 TWO = Plan(2, "cpu", 1, "test")
 
@@ -49,6 +52,27 @@ def test_a_busy_cluster_is_said_and_waited_for(hold_cpus, folder, tmp_path, monk
     said = capsys.readouterr().out
     assert "a worker was lost" not in said
     assert said.count("the cluster is busy") == 1
+
+
+def test_trials_of_heads_wait_for_room_too(hold_cpus, tmp_path, monkeypatch, capsys):
+    """The cluster is taken by another job once the features are there."""
+    run_loop = sweep.run_loop
+
+    def run_and_lose_room(*arguments: Any) -> Any:
+        result = run_loop(*arguments)
+        hold_cpus(8)
+        return result
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run_loop", run_and_lose_room)
+    monkeypatch.setattr("plates.predict.predict", end)
+    flags = ["--data", "synthetic:12", "--backbone", "resnet18", "--weights", "none", "--image-size", "32"]
+    flags += ["--epochs", "1", "--folds", "2", "--cv-repeats", "1", "--num-trials", "2", "--num-workers", "1"]
+    assert tune.main([*flags, "--out", str(tmp_path / "run")]) == 1
+    assert (tmp_path / "run" / "checkpoint").is_dir()  # the trials were run
+    assert "the cluster is busy: waiting up to 1200 s for room for 1 worker of 1 CPU" in capsys.readouterr().out
 
 
 def test_waiting_for_room_ends(hold_cpus):

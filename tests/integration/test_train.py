@@ -32,15 +32,16 @@ RUN_FILES = {
 }  # fmt: skip
 
 
-def train_on(num_workers: int, config: TrainConfig, run) -> Trained:
+def train_on(where: int | Plan, config: TrainConfig, run, loop=train) -> Trained:
+    """By a plan, or on a number of workers of one CPU."""
     dataset = load_dataset(config.data, config.seed)
     dataset, _, digests = check_dataset(dataset, False)
     weights = resolve_weights(config.backbone, config.weights, config.seed)
-    plan = Plan(num_workers, "cpu", 1, "test")
+    plan = where if isinstance(where, Plan) else Plan(where, "cpu", 1, "test")
     preprocessing = preprocessing_of(weights.backbone, config.image_size)
-    best = [best_precision(device) for device in devices_here("cpu")]
-    precision = decide_precision(config.precision, weights.backbone, "cpu", best)
-    return run_loop(train, make_task(config, dataset, digests, weights, preprocessing, precision, run), plan)
+    best = [best_precision(device) for device in devices_here(plan.device)]
+    precision = decide_precision(config.precision, weights.backbone, plan.device, best)
+    return run_loop(loop, make_task(config, dataset, digests, weights, preprocessing, precision, run), plan)
 
 
 def assert_same(one: Trained, other: Trained, tolerance: float) -> None:

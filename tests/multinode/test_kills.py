@@ -83,7 +83,7 @@ def test_a_killed_worker_and_a_lost_node(cluster, tmp_path):
     assert wait_for_worker(run, "ray::RayTrainWorker")
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     assert run.wait(250) == 0, (tmp_path / "killed.log").read_text()
-    assert "a worker was lost" in (tmp_path / "killed.log").read_text()
+    assert "a worker was lost; going on with 1 worker" in (tmp_path / "killed.log").read_text()
     assert len(pd.read_csv(out / "timing.csv")) == 2  # the whole run, and the one worker that was left
     assert_same(out, undisturbed)
 
@@ -98,6 +98,22 @@ def test_a_worker_killed_while_the_group_is_set_up(cluster, tmp_path):
     assert run.wait(200) == 0, log.read_text()
     assert log.read_text().count("a worker was lost") == 1
     assert len(pd.read_csv(tmp_path / "run" / "predictions.csv")) == 24
+
+
+@pytest.mark.slow
+def test_a_node_that_is_taken_back_is_worked_on_till_then(cluster, tmp_path):
+    """As a spot machine with notice: nothing new is placed on it, and the group is ended when its time is over."""
+    run, log = start_run(tmp_path / "run", [*LAYER4, "--epochs", "80"], 2), tmp_path / "run.log"
+    while run.poll() is None and "training:" not in log.read_text():
+        time.sleep(0.2)
+    node = next(iter(cluster.worker_nodes))
+    command = ["ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id, "--reason"]
+    command += ["DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken", "--deadline-remaining-seconds", "15"]
+    subprocess.run(command, check=True)
+    assert run.wait(250) == 0, log.read_text()
+    assert log.read_text().count("a worker was lost; going on with 1 worker") == 1
+    assert len(pd.read_csv(tmp_path / "run" / "timing.csv")) == 2
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 80
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +75,26 @@ def test_workers_bring_up_the_nodes_they_need(growing_cluster, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the cluster starts" in done.stdout
     assert pd.read_csv(tmp_path / "run" / "timing.csv").iloc[1:]["node"].nunique() == 2
+
+
+@pytest.mark.slow
+def test_a_run_whose_last_node_is_taken_away_waits_for_its_replacement(growing_cluster, tmp_path):
+    command = [sys.executable, "-m", "ray_jobs.train", *SMALL, "--data", "synthetic:24", "--image-size", "96"]
+    command += ["--epochs", "40", "--trainable", "layer4", "--num-workers", "1", "--out", str(tmp_path / "run")]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        run = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": growing_cluster}, stdout=file, stderr=file)
+    while run.poll() is None and "training:" not in log.read_text():
+        time.sleep(0.2)
+    raylets = [
+        p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] and "raylet/raylet" in p.info["cmdline"][0]
+    ]
+    worker = next(
+        p
+        for p in raylets
+        if f"--gcs-address={growing_cluster}" in p.info["cmdline"] and "--head" not in p.info["cmdline"]
+    )
+    worker.kill()
+    assert run.wait(200) == 0, log.read_text()
+    assert "the cluster has lost its nodes: waiting" in log.read_text()
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 40

@@ -12,7 +12,7 @@ from plates.config import TuneConfig
 from plates.metrics import score
 from plates.report import summary_table, write_report
 from plates.report.predictions import read_predictions, show_predictions
-from plates.report.scores import wilson_interval
+from plates.report.scores import score_split
 from plates.rundir import write_json
 from plates.sweep import draw_schedules
 from plates.sweep.scores import summarize, tabulate_trials
@@ -343,8 +343,8 @@ def test_the_terminal_tells_the_nested_estimate(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 8), (7, 8), (8, 8), (500, 1000)])
-def test_wilson_interval(correct: int, total: int) -> None:
-    low, high = wilson_interval(correct, total)
+def test_the_interval_of_an_accuracy_is_wilsons(correct: int, total: int) -> None:
+    low, high = score_split({"val/accuracy": correct / total, "val/num_images": total}, {}, "val")["interval"]
     assert 0 <= low <= correct / total <= high <= 1
     for bound in (low, high):
         if 0 < bound < 1:

@@ -19,11 +19,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from plates import backbones, device, images, model, transforms
+from plates import backbones, device, folding, images, model, transforms
 from plates.dataset import Sample, Source
 from plates.device import DTYPES, find_batch_size, move, read_behind
+from plates.folding import fast_trunk
 from plates.images import UnreadableImageError, prefetch
-from plates.model import fast_trunk, hash_weights
+from plates.model import hash_weights
 from plates.rundir import write_whole
 from plates.storage import Place, place_of
 from plates.timing import Pace
@@ -53,7 +54,7 @@ def features_key(
     whole = {
         "code": [
             hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            for module in (images, transforms, model, backbones, device, sys.modules[__name__])
+            for module in (images, transforms, model, folding, backbones, device, sys.modules[__name__])
         ],
         "libraries": [[found.version for found in distributions(name=name)] for name in LIBRARIES],
         "images": [[(sample.path, digests[sample.path]) for sample in samples] for samples in splits],

@@ -9,7 +9,7 @@ import timm
 from ray_jobs import predict as predict_job
 from ray_jobs import train as train_job
 
-# ViTs with a class token and attention pooling; convolutions with batch norm, without it, with weights behind the pool.
+# Two ViTs, and convolutions with batch norm, without it, and with weights after the pool.
 BACKBONES = ["test_vit3", "test_vit", "test_byobnet", "test_convnext", "mobilenetv3_small_050", "regnetx_002"]
 
 

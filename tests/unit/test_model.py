@@ -20,11 +20,10 @@ from plates import model
 from plates.checkpoint import Bundle, build_model, load_bundle, save_bundle
 from plates.config import TrainConfig, UserError
 from plates.device import DTYPES
+from plates.folding import fast_trunk, fold_batch_norm
 from plates.model import (
     build_classifier,
     build_trunk,
-    fast_trunk,
-    fold_batch_norm,
     preprocessing_of,
     resolve_weights,
     set_trainable,

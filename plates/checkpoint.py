@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from plates.backbones import find_backbone
 from plates.config import UserError
 from plates.model import Classifier, build_trunk
 from plates.rundir import write_json, write_whole
@@ -53,20 +54,29 @@ def load_bundle(folder: Place) -> Bundle:
                 f"--checkpoint {folder}: format {info['format']} is not {FORMAT}, which this version reads"
             )
         preprocessing = Preprocessing.from_dict(info["preprocessing"])
-        return Bundle(info["backbone"], tuple(info["classes"]), preprocessing, state, info)
+        bundle = Bundle(info["backbone"], tuple(info["classes"]), preprocessing, state, info)
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name if error.filename else MODEL_FILE
         raise UserError(f"--checkpoint {folder}: holds no {missing}; give RUN/checkpoint") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"--checkpoint {folder}: is damaged ({type(error).__name__})") from error
+    try:
+        find_backbone(bundle.backbone)
+    except ValueError as error:
+        made_by = info.get("versions", {}).get("timm")
+        raise UserError(f"--checkpoint {folder}: {bundle.backbone} of timm {made_by} is not here: {error}") from error
+    return bundle
 
 
 def build_model(bundle: Bundle) -> Classifier:
     """The bundle's classifier, fp32 on the CPU. Raises: UserError where its tensors do not fit."""
-    trunk, num_features = build_trunk(bundle.backbone)
+    trunk, num_features = build_trunk(bundle.backbone, bundle.preprocessing.image_size)
     model = Classifier(trunk, num_features, len(bundle.classes))
     try:
         model.load_state_dict(bundle.state)
     except RuntimeError as error:
-        raise UserError(f"--checkpoint: its tensors are not those of a {bundle.backbone}") from error
+        made_by = bundle.info.get("versions", {}).get("timm")
+        raise UserError(
+            f"--checkpoint: its tensors are not those of a {bundle.backbone} (it was made with timm {made_by})"
+        ) from error
     return model

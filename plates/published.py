@@ -64,7 +64,7 @@ def time_published(
         (DataLoader(Images(dataset.source, samples, transform), BATCH_SIZE, shuffle, num_workers=NUM_LOADER_WORKERS))
         for samples, transform, shuffle in ((dataset.train, augment, True), (dataset.val, resize, False))
     ]
-    model = build_classifier(weights.backbone, weights.state, len(dataset.classes), seed=0).to(device)
+    model = build_classifier(weights.backbone, weights.state, len(dataset.classes), 0, image_size).to(device)
     optimizer = torch.optim.Adam(set_trainable(model, trainable), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
     pace, val_loss, val_accuracy, epoch = Pace(), None, None, 0
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
     dataset = load_dataset(settings["data"], settings["seed"])
     if settings["skip_unreadable"]:
         dataset = leave_out_unreadable(dataset)
-    weights = resolve_weights(settings["backbone"], settings["weights"], settings["seed"])
+    weights = resolve_weights(*(settings[name] for name in ("backbone", "weights", "seed", "image_size")))
     shape = [settings["trainable"], settings["image_size"], device, settings["num_epochs"], settings["limit_s"]]
     measured = {
         **time_published(dataset, weights, *shape),

@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,19 @@ class Preprocessing:
     """What turns an image into the model's input; stored with the model."""
 
     image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"  # or bicubic
+    crop_mode: str = "squash"  # of validation and prediction, in timm's words; center keeps the aspect ratio
+    crop_pct: float = 1.0  # of the image's sides that they see, of center its shorter side
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "interpolation": "bilinear", "antialias": True}
+        return {**asdict(self), "antialias": True}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        return cls(image_size=values["image_size"], mean=tuple(values["mean"]), std=tuple(values["std"]))
+        known: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return cls(**{**known, "mean": tuple(known["mean"]), "std": tuple(known["std"])})
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,22 @@ def draw_view(seed: int, view_index: int, path: str, height: int, width: int) ->
     return View((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, is_flipped)
 
 
-def whole_image(height: int, width: int) -> View:
-    """What validation and prediction see; the aspect ratio is not kept, as published."""
-    return View(0, 0, height, width, is_flipped=False)
+def eval_view(preprocessing: Preprocessing, height: int, width: int) -> View:
+    """What validation and prediction see: by default the whole image, its aspect ratio not kept, as published; of a
+    model of timm the middle of it that timm's evaluation cuts out after resizing."""
+    if preprocessing.crop_mode == "center":
+        crop_height = crop_width = max(1, round(min(height, width) * preprocessing.crop_pct))
+    else:
+        crop_height, crop_width = (max(1, round(side * preprocessing.crop_pct)) for side in (height, width))
+    return View((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, is_flipped=False)
 
 
-def make_views(image: Tensor, views: Sequence[View], size: int) -> Tensor:
+def make_views(image: Tensor, views: Sequence[View], preprocessing: Preprocessing) -> Tensor:
     """Crops of an image at the model's size, not yet mirrored.
 
-    Bilinear with antialiasing, as torchvision's transforms. On CPUs torch has a kernel for bytes, which rounds
-    in between; elsewhere they are computed in float32 and rounded, the same to 1 of 255.
+    With antialiasing, as torchvision's transforms. On CPUs torch has a kernel for bytes, which rounds in between;
+    elsewhere they are computed in float32 and rounded, the same to 1 of 255; more at hard edges where bicubic leaves
+    the range of bytes, which the kernel clips in between, as PIL does.
 
     Args:
         image: (3, H, W) uint8; or float32, for the way of devices without that kernel.
@@ -90,14 +100,14 @@ def make_views(image: Tensor, views: Sequence[View], size: int) -> Tensor:
     crops = [
         interpolate(
             pixels[None, :, view.top : view.top + view.height, view.left : view.left + view.width],
-            (size, size),
-            mode="bilinear",
+            (preprocessing.image_size, preprocessing.image_size),
+            mode=preprocessing.interpolation,
             antialias=True,
         )
         for view in views
     ]
     whole = torch.cat(crops)
-    return whole.round_().to(torch.uint8) if whole.is_floating_point() else whole
+    return whole.round_().clamp_(0, 255).to(torch.uint8) if whole.is_floating_point() else whole
 
 
 def to_input(pictures: Tensor, is_flipped: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -118,7 +128,7 @@ def to_input(pictures: Tensor, is_flipped: Tensor, preprocessing: Preprocessing)
 
 def view_batch(images: Sequence[Tensor], views: Sequence[View], preprocessing: Preprocessing) -> Tensor:
     """One view of each of B images (3, H, W) uint8, of any sizes, as (B, 3, S, S) model input."""
-    crops = [make_views(image, [view], preprocessing.image_size) for image, view in zip(images, views, strict=True)]
+    crops = [make_views(image, [view], preprocessing) for image, view in zip(images, views, strict=True)]
     is_flipped = torch.tensor([view.is_flipped for view in views])
     return to_input(torch.cat(crops), move(is_flipped, crops[0].device), preprocessing)
 

@@ -25,7 +25,7 @@ def train(config: TrainConfig) -> int:
         "train",
         config,
         lambda: check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable),
-        lambda: resolve_weights(config.backbone, config.weights, config.seed),
+        lambda: resolve_weights(config.backbone, config.weights, config.seed, config.image_size),
     )
     dataset, task = started.dataset, task_of(started, config)
     with started.phases.measure("fit"):

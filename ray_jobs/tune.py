@@ -24,7 +24,12 @@ def tune(config: TuneConfig) -> int:
         make_folds(merged.train, config)  # refuses what cannot be folded before anything is started
         return merged, skipped, digests
 
-    started = start("tune", config, load_data, lambda: resolve_weights(config.backbone, config.weights, config.seed))
+    started = start(
+        "tune",
+        config,
+        load_data,
+        lambda: resolve_weights(config.backbone, config.weights, config.seed, config.image_size),
+    )
     dataset, task = started.dataset, task_of(started, config)
     with started.phases.measure("fit"):
         swept = run_sweep(task, make_folds(dataset.train, config), started.plan)

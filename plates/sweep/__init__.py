@@ -11,12 +11,11 @@ from torch import Tensor
 from plates.cluster import Plan, find_room
 from plates.config import TuneConfig
 from plates.head import HeadSettings, fit_heads
-from plates.model import build_classifier
 from plates.sweep.head_trials import HeadSweep, run_head_trials
 from plates.sweep.scores import Folds, summarize, tabulate_trials
 from plates.sweep.training_trials import run_training_trials
 from plates.sweep.tuner import state_of
-from plates.train_loop import compute_features, train
+from plates.train_loop import build_model, compute_features, train
 from plates.train_loop.group import labels_of
 from plates.train_loop.task import Task
 from plates.trainer import run_loop
@@ -48,8 +47,7 @@ def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
 def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     config = cast(TuneConfig, task.config)
     features, timings = run_loop(compute_features, task, plan)
-    weights = task.weights
-    model = build_classifier(weights.backbone, weights.state, len(task.dataset.classes), config.seed)
+    model = build_model(task)
     initial = (model.head.weight.detach(), model.head.bias.detach())
     labels = labels_of(task.dataset.train)
     schedules = draw_schedules(config)

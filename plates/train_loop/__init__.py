@@ -9,7 +9,7 @@ from plates.cluster import this_node
 from plates.dataset import Dataset
 from plates.device import set_up_process
 from plates.features import Features
-from plates.model import build_classifier
+from plates.model import Classifier, build_classifier
 from plates.timing import Phases, device_name, rate
 from plates.train_loop.end_to_end import train_end_to_end
 from plates.train_loop.frozen import shared_features, train_head
@@ -23,7 +23,7 @@ def train(task: Task, worker: Worker) -> Trained | None:
     startup_s = time.time() - task.submitted_at
     set_up_process(worker.device, task.precision, worker.num_threads)
     phases = Phases(worker.device)
-    model = build_classifier(task.weights.backbone, task.weights.state, len(task.dataset.classes), task.config.seed)
+    model = build_model(task)
     way = train_head if task.config.trainable == "head" else train_end_to_end
     fitted = way(task, worker, model, phases)
     timings = gather(time_worker(worker, startup_s, phases, fitted.num_images))
@@ -40,12 +40,18 @@ def compute_features(task: Task, worker: Worker) -> tuple[Features, list[dict[st
     startup_s = time.time() - task.submitted_at
     set_up_process(worker.device, task.precision, worker.num_threads)
     phases = Phases(worker.device)
-    model = build_classifier(task.weights.backbone, task.weights.state, len(task.dataset.classes), task.config.seed)
+    model = build_model(task)
     with phases.measure("train"):
         features, _ = shared_features(task, worker, model)
     num_images = len(shard(task.dataset.train, worker)) * (task.config.num_views or task.config.epochs)
     timings = gather(time_worker(worker, startup_s, phases, num_images))
     return (features, timings) if features is not None else None
+
+
+def build_model(task: Task) -> Classifier:
+    """The task's classifier before training."""
+    weights, size = task.weights, task.preprocessing.image_size
+    return build_classifier(weights.backbone, weights.state, len(task.dataset.classes), task.config.seed, size)
 
 
 def time_worker(worker: Worker, startup_s: float, phases: Phases, num_images: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from plates.train_loop.group import (
 )
 from plates.train_loop.resume import SavedState
 from plates.train_loop.task import Fitted, Task
-from plates.transforms import View, draw_view, make_views, to_input, whole_image
+from plates.transforms import View, draw_view, eval_view, make_views, to_input
 
 EVAL_BATCH_SIZE_PER_WORKER = 64
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def train_batches(
     def load(index: int) -> tuple[Tensor, View]:
         image, path = cache.read(samples[index].path), samples[index].path
         view = draw_view(config.seed, view_index, path, *image.shape[1:])
-        return make_views(image, [view], config.image_size), view
+        return make_views(image, [view], task.preprocessing), view
 
     size = config.global_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -193,8 +193,8 @@ def evaluate(task: Task, worker: Worker, model: Classifier, cache: ImageCache) -
 
     def load(sample: Sample) -> tuple[Tensor, View]:
         image = cache.read(sample.path)
-        view = whole_image(*image.shape[1:])
-        return make_views(image, [view], task.preprocessing.image_size), view
+        view = eval_view(task.preprocessing, *image.shape[1:])
+        return make_views(image, [view], task.preprocessing), view
 
     mine = shard(task.dataset.val, worker)
     loaded = prefetch(load, mine, num_ahead=2 * EVAL_BATCH_SIZE_PER_WORKER, device=worker.device)

@@ -20,8 +20,9 @@ import pandas as pd
 import torch
 
 from plates.device import CPU_BATCH_SIZE, DTYPES, best_precision, set_up_process
+from plates.folding import fast_trunk
 from plates.images import decode
-from plates.model import build_trunk, fast_trunk
+from plates.model import build_trunk
 
 NUM_FORWARDS = {"train_100_views": 100 * 32 + 8, "train_20_views": 20 * 32 + 8}
 

@@ -17,6 +17,7 @@ import io
 import json
 import statistics
 import time
+from dataclasses import replace
 from itertools import repeat
 from unittest.mock import patch
 
@@ -32,7 +33,7 @@ from plates.images import decode
 from plates.model import preprocessing_of
 from plates.synthetic import draw_plate
 from plates.timing import Pace
-from plates.transforms import View, make_views
+from plates.transforms import Preprocessing, View, make_views
 
 PHOTOS = {"341 x 256": (341, 256), "3000 x 2000": (3000, 2000)}
 GPU_IMAGES_PER_SEC = {"T4 (estimated)": 3_800, "A10G (estimated)": 7_100, "RTX 3090": 11_000, "RTX 4090": 18_000}
@@ -63,9 +64,10 @@ class NoTrunk:
         return torch.zeros((len(pictures), 512))
 
 
-def launch_views(image: Tensor, views: list[View], size: int) -> Tensor:
+def launch_views(image: Tensor, views: list[View], preprocessing: Preprocessing) -> Tensor:
     """The operations of a device's way, on 2 x 2 pixels."""
-    return make_views(torch.zeros((3, 2, 2)), [View(0, 0, 2, 2, view.is_flipped) for view in views], 2)
+    small = replace(preprocessing, image_size=2)
+    return make_views(torch.zeros((3, 2, 2)), [View(0, 0, 2, 2, view.is_flipped) for view in views], small)
 
 
 def measure(photo: Photo, num_views: int, is_device_way: bool) -> float:

@@ -22,11 +22,11 @@ from plates.cluster import Plan
 from plates.dataset import FolderSource, check_dataset, load_dataset
 from plates.device import best_precision
 from plates.features import FrozenTrunk, compute_eval, compute_views
+from plates.folding import fold_batch_norm
 from plates.head import HeadSettings, fit_heads
 from plates.model import (
     build_classifier,
     build_trunk,
-    fold_batch_norm,
     preprocessing_of,
     resolve_weights,
 )
@@ -223,7 +223,7 @@ def key_of(config):
     return features.features_key(digests, (dataset.train, dataset.val), weights, preprocessing_of("resnet18", 32), {})
 
 
-@pytest.mark.parametrize("name", ["transforms", "images", "model", "features"])
+@pytest.mark.parametrize("name", ["transforms", "images", "model", "folding", "backbones", "features"])
 def test_changed_code_is_never_served_stale(name, folder, tmp_path, monkeypatch):
     config = replace(CONFIG, data=str(folder))
     module, before = importlib.import_module(f"plates.{name}"), key_of(config)

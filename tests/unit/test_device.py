@@ -15,6 +15,9 @@ CPU = torch.device("cpu")
         ("auto", "efficientnet_lite0", "cuda", ["bf16"], "fp16"),
         ("auto", "efficientnet_lite0", "cpu", ["bf16"], "fp32"),
         ("bf16", "efficientnet_lite0", "cpu", ["fp32"], "bf16"),
+        ("auto", "timm/test_vit", "cpu", ["bf16"], "fp32"),
+        ("auto", "timm/test_vit", "cuda", ["bf16"], "bf16"),
+        ("auto", "timm/test_vit", "cuda", ["bf16", "fp16"], "fp32"),
         ("fp16", "resnet18", "cpu", ["bf16"], "fp16"),
     ],
 )

@@ -23,7 +23,7 @@ from plates.model import preprocessing_of
 from plates.predict import predict
 from plates.train_loop import train
 from plates.train_loop.task import Trained
-from plates.transforms import draw_view, make_views, whole_image
+from plates.transforms import draw_view, eval_view, make_views
 
 pytestmark = pytest.mark.timeout(600)
 CPU = torch.device("cpu")
@@ -69,12 +69,13 @@ def assert_follows(config: TrainConfig, plan: Plan, expected: Trained, run: Path
 
 def assert_same_pictures(device: torch.device, way: torch.dtype) -> None:
     """Crops of images of many sizes, whole ones too, made on a device, beside those that the CPU makes of bytes."""
-    draw = torch.Generator().manual_seed(0)
+    draw, preprocessing = torch.Generator().manual_seed(0), preprocessing_of("resnet18", 96)
     for number, (height, width) in enumerate([(40, 56), (256, 341), (1000, 37), (224, 224)]):
         image = torch.randint(0, 256, (3, height, width), generator=draw, dtype=torch.uint8)
-        views = [draw_view(0, index, str(number), height, width) for index in range(8)] + [whole_image(height, width)]
-        made = make_views(image.to(device, way), views, 96).cpu().int()
-        assert (made - make_views(image, views, 96).int()).abs().max() <= 1
+        views = [draw_view(0, index, str(number), height, width) for index in range(8)]
+        views.append(eval_view(preprocessing, height, width))
+        made = make_views(image.to(device, way), views, preprocessing).cpu().int()
+        assert (made - make_views(image, views, preprocessing).int()).abs().max() <= 1
 
 
 @pytest.fixture(scope="module")

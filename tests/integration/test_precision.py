@@ -46,8 +46,15 @@ def test_losses_follow_those_of_fp32(trainable, precision, epochs, in_fp32, tmp_
     assert torch.allclose(losses, in_fp32[trainable][: len(losses)], atol=0.05, rtol=0.01)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("trainable", ["head", "layer4", "all"])
+@pytest.mark.parametrize(
+    ("trainable", "precision"),
+    [
+        ("layer4", "fp16"),
+        ("all", "bf16"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in
+          [("head", "bf16"), ("head", "fp16"), ("layer4", "bf16"), ("all", "fp16")]),
+    ],
+)  # fmt: skip
 def test_two_workers_train_the_model_of_one(trainable, precision, folder, tmp_path, local_ray):
     """Sums are rounded in another order, to 8 bits in bf16."""
     config = replace(CONFIG, data=str(folder), trainable=trainable, precision=precision, lr=1e-5, epochs=3)
@@ -66,7 +73,7 @@ def loud(factor: float, folder: Path) -> str:
     return str(folder / "loud.pth")
 
 
-@pytest.mark.parametrize("trainable", ["layer4", "all"])
+@pytest.mark.parametrize("trainable", ["layer4", pytest.param("all", marks=pytest.mark.slow)])
 def test_steps_that_overflow_are_skipped_by_all_workers_together(trainable, tmp_path, local_ray):
     config = replace(CONFIG, data="synthetic:20", trainable=trainable, precision="fp16", lr=1e-6, epochs=3)
     config = replace(config, weights=loud(3000, tmp_path))

@@ -66,7 +66,7 @@ def test_trials_of_heads_wait_for_room_too(hold_cpus, tmp_path, monkeypatch, cap
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep, "run_loop", run_and_lose_room)
-    monkeypatch.setattr("plates.predict.predict", end)
+    monkeypatch.setattr("plates.job.predict", end)
     flags = ["--data", "synthetic:12", "--backbone", "resnet18", "--weights", "none", "--image-size", "32"]
     flags += ["--epochs", "1", "--folds", "2", "--cv-repeats", "1", "--num-trials", "2", "--num-workers", "1"]
     assert tune.main([*flags, "--out", str(tmp_path / "run")]) == 1

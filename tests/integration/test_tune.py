@@ -60,7 +60,7 @@ def test_a_sweep_cut_off_while_predicting_keeps_its_trials_unless_labels_changed
         return texts | {"figures": json.loads((run / "checkpoint" / "model.json").read_text())["metrics"]}
 
     with monkeypatch.context() as broken:
-        broken.setattr("plates.predict.predict", cut_off)
+        broken.setattr("plates.job.predict", cut_off)
         assert tune_job.main([*flags, str(run)]) == 1
         before = stored()
         assert len(before) == 4 + 1

@@ -21,9 +21,9 @@ from plates.trainer import run_loop
 
 DRIVER_MEMORY_BYTES = 1 << 20
 WORST_SCORE = 1e30  # for ASHA, whose quantiles cannot be told with infinities among the scores
-# Of a worker, where several trials run on CPUs. With 8 images at 224 px (ResNet18, bf16) 2 cores trained layer4 1.6
-# times as fast as 1, and all of it 1.65 times. By Amdahl's law, extrapolated, 4 would 2.3 and 8 2.9 times: from two
-# on, cores give more to another trial.
+# Of a worker, where several trials run on CPUs. With 8 images at 224 px (ResNet18, bf16) 2 cores trained 1.5 to 1.65
+# times as fast as 1 (best of 2 to 4 runs on a shared AMD EPYC). By Amdahl's law, extrapolated, 4 would 2.3 and 8 2.9
+# times: from two on, cores give more to another trial.
 MIN_CPUS_PER_WORKER = 2
 
 

@@ -271,8 +271,6 @@ def start_ray() -> None:
     """Connects to the cluster of RAY_ADDRESS, else starts Ray on this machine. Raises: UserError."""
     # Read when Ray Train is imported: a report waits for the controller's poll, 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     address = os.environ.get("RAY_ADDRESS") or "local"
     check_address(address)
     import ray

@@ -20,7 +20,6 @@ from plates.rundir import TRIAL_PREFIX, versions
 from plates.storage import Place, remove_tree
 
 PROBE_S = 60.0  # torch may have to be imported first
-ALL_GPUS = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}  # are seen by a task that asks for none
 SHM = Path("/dev/shm")
 MIN_SHM_BYTES = 1 << 30  # of a container: NCCL and Ray's object store share it, and Docker gives 64 MiB
 
@@ -119,12 +118,9 @@ def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Prob
         has_gpu = node["Resources"].get(plan.resource or "GPU", 0) > 0
         if node["Alive"] and (has_gpu or node["Resources"].get("CPU", 0) > 0):
             device = plan.device if has_gpu else "cpu"
-            # Asks for no GPU, which another job may be using; its process ends with it, and with that its CUDA.
+            # Asks for no GPU, which another job may be using, and sees all; its process ends with it, and its CUDA.
             task = ray.remote(num_cpus=0, max_retries=0, max_calls=1 if device == "cuda" else 0)(probe_node)
-            task = task.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-                runtime_env=ALL_GPUS if device == "cuda" else None,
-            )
+            task = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             waiting.append((node, device, task.remote(device, *asked, True)))  # pyright: ignore[reportCallIssue]
     probes = []
     for node, device, reference in waiting:

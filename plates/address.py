@@ -3,9 +3,9 @@
 import os
 import socket
 from pathlib import Path
-from typing import Any, cast
 
 from plates.config import UserError
+from plates.ray_private import ask_alive
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -24,37 +24,19 @@ def check_address(address: str) -> None:
 
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-        status = ask_alive(address, None)
+        certificates = read_certificates()
+        status = ask_alive(address, None, certificates, CONNECT_TIMEOUT_S)
         if status not in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED):
             raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({status.name})")
         if status == grpc.StatusCode.UNAUTHENTICATED:
             token = find_token()
-            if not token or ask_alive(address, token) != grpc.StatusCode.OK:
+            if not token or ask_alive(address, token, certificates, CONNECT_TIMEOUT_S) != grpc.StatusCode.OK:
                 what = "a token" if not token else "another token than this one"
                 rule = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
                 raise UserError(f"RAY_ADDRESS {address}: the cluster wants {what}; {rule}")
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     except OSError as error:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
-
-
-def ask_alive(address: str, token: str | None) -> Any:
-    """The gRPC status with which a Ray head answers to being asked whether it is alive; OK where it lets us in."""
-    import grpc
-
-    metadata = (("authorization", f"Bearer {token}"),) if token else ()
-    certificates = read_certificates()
-    if certificates:
-        opened = grpc.secure_channel(address, grpc.ssl_channel_credentials(*certificates))
-    else:
-        opened = grpc.insecure_channel(address)
-    with opened as channel:
-        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
-        try:
-            ask(b"", timeout=CONNECT_TIMEOUT_S, metadata=metadata)
-        except grpc.RpcError as error:
-            return cast(grpc.Call, error).code()
-    return grpc.StatusCode.OK
 
 
 def read_certificates() -> list[bytes] | None:

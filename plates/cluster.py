@@ -1,6 +1,5 @@
 """What the machine or the cluster has, and what a job will use of it."""
 
-import json
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ import torch
 
 from plates.address import check_address
 from plates.config import UserError, WorkerConfig
+from plates.ray_private import count_coming, require
 
 FIRST_NODE_S = 20.0  # in which a cluster that has just started shows a node
 AUTOSCALER_ANSWERS_S = 10.0  # in which an autoscaler that can help has nodes on their way
@@ -196,20 +196,6 @@ def wait_for_nodes(num_workers: int, device: str, limit_s: float) -> list[Node]:
             return nodes
 
 
-def count_coming() -> int:
-    """Nodes that the cluster's autoscaler has asked its provider for and that have not joined yet."""
-    import ray
-    from ray.autoscaler.v2.sdk import get_cluster_status
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    if is_autoscaler_v2():
-        status = get_cluster_status(ray.get_runtime_context().gcs_address)
-        return len(status.pending_nodes) + sum(launch.count for launch in status.pending_launches)
-    report = json.loads(_internal_kv_get("__autoscaling_status") or b"{}").get("autoscaler_report") or {}
-    return len(report.get("pending_nodes", [])) + sum(report.get("pending_launches", {}).values())
-
-
 def find_room(plan: Plan, has_lost: bool = False) -> Plan:
     """The plan, on no more workers than the nodes alive can hold, as soon as that room is free.
 
@@ -269,12 +255,11 @@ def is_in_cluster() -> bool:
 
 def start_ray() -> None:
     """Connects to the cluster of RAY_ADDRESS, else starts Ray on this machine. Raises: UserError."""
-    # Read when Ray Train is imported: a report waits for the controller's poll, 2 s by default.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     address = os.environ.get("RAY_ADDRESS") or "local"
     check_address(address)
     import ray
 
+    require("ray.autoscaler", "ray.experimental")
     if ray.is_initialized():
         return
     try:

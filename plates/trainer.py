@@ -1,18 +1,19 @@
 """The only place that builds a TorchTrainer, ScalingConfig and RunConfig."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed import DistBackendError
 
 from plates.cluster import Plan, find_room, plural
 from plates.config import TrainConfig, UserError
 from plates.dataset import Dataset, UnreadableImageError
 from plates.features import cache_root
 from plates.model import Weights
+from plates.ray_private import ray_train_error, require, trainer_class
 from plates.storage import Place, remove_tree
 from plates.train_loop.group import LEFT_FILE, STATE_FOLDER, Worker
 from plates.train_loop.task import Task
@@ -70,21 +71,22 @@ def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan:
     """
     import ray
     from ray.exceptions import RayError
-    from ray.train import TrainingFailedError
 
+    require("ray.train")
+    of_ray = (RayError, ray_train_error())
     what = ray.put((loop, task))  # weights and data set go through the object store, once a node
     least_left, num_vain, room = math.inf, 0, find_room(plan)
     while True:
         try:
             return fit(what, room, task.run, plan.num_workers - room.num_workers)
-        except (TrainingFailedError, RayError) as error:  # the latter of Ray Train's own controller
+        except of_ray as error:
             failures = failures_of(error)
-            is_growth = is_room_for_more(error)
+            is_growth = getattr(error, "worker_failures", None) == {}  # the group ended, and no worker failed
             left = read_left(task.run)
             num_vain = num_vain if is_growth else 1 if left < least_left else num_vain + 1
             least_left = min(left, least_left)
             told = [failure for failure in failures if isinstance(failure, OSError)]  # an image, a full disk
-            is_lost = is_growth or any(map(is_lost_worker, failures))
+            is_lost = is_growth or any(is_lost_worker(failure, of_ray) for failure in failures)
             if told or not is_lost or num_vain > MAX_VAIN_RESTARTS:
                 raise (told or [error])[0] from error
         finally:
@@ -104,11 +106,7 @@ def fit(what: Any, plan: Plan, run: Place, num_missing: int) -> Any:
     """One group of workers, until it ends or there is room for some of those missing; returns what rank 0 returns."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Ctrl-C interrupts the driver, as everywhere; Ray's handler would swallow it until the process ends."""
+    from ray.train.torch import TorchConfig
 
     def run_on_worker(config: dict[str, Any]) -> Any:
         """Shipped by value and importing for itself, so that the controller does not import all that workers need."""
@@ -128,17 +126,12 @@ def fit(what: Any, plan: Plan, run: Place, num_missing: int) -> Any:
         loop, task = ray.get(config["what"])
         return loop(task, worker)
 
-    callbacks = ["plates.placement.ReleaseRoom", "plates.placement.AskForMore",
-                 *os.environ.get("RAY_TRAIN_CALLBACKS", "").split(",")]  # fmt: skip
-    os.environ["RAY_TRAIN_CALLBACKS"] = ",".join(filter(None, dict.fromkeys(callbacks)))
-    trainer = Trainer(
+    trainer = trainer_class([plan.resources_per_worker] * num_missing, SECONDS_TO_GROW)(
         run_on_worker,
         train_loop_config={
             "what": what,
             "device": plan.device,
             "num_threads": None if plan.uses_whole_nodes else plan.cpus_per_worker,
-            "missing": [plan.resources_per_worker] * num_missing,
-            "seconds_to_grow": SECONDS_TO_GROW,
         },
         torch_config=TorchConfig(plan.backend, timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
@@ -156,26 +149,14 @@ def fit(what: Any, plan: Plan, run: Place, num_missing: int) -> Any:
     return trainer.fit().return_value
 
 
-def is_room_for_more(error: Exception) -> bool:
-    from plates.placement import RoomForMoreError
-
-    return isinstance(error, RoomForMoreError)
-
-
 def failures_of(error: Exception) -> list[Exception]:
     """What went wrong on the workers; the error itself where Ray Train's controller failed."""
     failures = [*getattr(error, "worker_failures", {}).values()] or [error]
     return [getattr(failure, "cause", failure) for failure in failures]
 
 
-def is_lost_worker(failure: Exception) -> bool:
+def is_lost_worker(failure: Exception, of_ray: tuple[type[Exception], ...]) -> bool:
     """Whether a process or node went away, in work or while the group was started; the other workers see that as a
     broken connection."""
-    from ray.exceptions import RayError
-    from ray.train import ControllerError, PreemptionError
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
-    from torch.distributed import DistBackendError
-
     is_broken_connection = "onnection" in str(failure) and type(failure) in (RuntimeError, DistBackendError)
-    lost = RayError | ControllerError | PreemptionError | WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError
-    return isinstance(failure, lost) or is_broken_connection
+    return isinstance(failure, of_ray) or is_broken_connection

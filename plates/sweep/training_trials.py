@@ -10,6 +10,7 @@ import numpy as np
 
 from plates.cluster import Node, Plan, list_nodes, plural, share_cpus, start_ray
 from plates.config import TuneConfig, UserError
+from plates.ray_private import lasting_asha, require
 from plates.rundir import write_json
 from plates.storage import Place, remove_tree
 from plates.sweep.scores import Folds, score_images
@@ -36,10 +37,9 @@ def run_training_trials(
     as their workers find room for, and none waits for a CPU that another trial's driver holds.
     """
     start_ray()
+    require("ray.tune")
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
-
-    from plates.sweep.asha import LastingASHA
 
     config = cast(TuneConfig, task.config)
     plan, num_concurrent = pack_trials(plan, config, list_nodes())
@@ -55,7 +55,7 @@ def run_training_trials(
     # Tune wants a trial to reserve something; a little memory leaves all CPUs to the workers.
     room = tune.PlacementGroupFactory([{"memory": DRIVER_MEMORY_BYTES}])
     trainable = tune.with_resources(tune.with_parameters(drive_trial, task=task, folds=folds), room)
-    scheduler = LastingASHA(
+    scheduler = lasting_asha(
         metric="score", mode="min", max_t=len(folds.repeated), grace_period=config.folds, reduction_factor=2
     )
     callbacks = [

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plates.dataset import Sample
+from plates.ray_private import progress_bar
 from plates.storage import Place
 from plates.timing import Pace
 
@@ -116,9 +117,7 @@ def progress(items: Iterable[ItemT], total: int, description: str, unit: str, wo
     if worker.rank:
         yield from items
     elif worker.is_ray:
-        from ray.experimental import tqdm_ray
-
-        bar = tqdm_ray.tqdm(desc=description, total=total, unit=unit)
+        bar = progress_bar(description, total, unit)
         for item in items:
             yield item
             bar.update(1)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray import cloudpickle
 from ray.tune.experiment import Trial
 from scipy import stats
 from torch.nn.functional import cross_entropy
@@ -14,8 +15,8 @@ from plates.config import TuneConfig, UserError
 from plates.dataset import Dataset, Sample, SyntheticSource
 from plates.head import HeadSettings, fit_heads
 from plates.model import Weights
+from plates.ray_private import lasting_asha
 from plates.sweep import draw_schedules, training_trials
-from plates.sweep.asha import LastingASHA
 from plates.sweep.head_trials import HeadSweep, score_schedule
 from plates.sweep.scores import make_folds, paired_difference, summarize, tabulate_trials
 from plates.sweep.tuner import state_of
@@ -332,7 +333,8 @@ def test_more_cpus_for_a_trial_than_there_are_is_one_line():
 
 @pytest.mark.parametrize(("score", "decision"), [(0.9, "STOP"), (0.3, "CONTINUE")])
 def test_asha_compares_with_trials_that_ended_before_the_sweep_was_cut_off(score, decision):
-    scheduler = LastingASHA(metric="score", mode="min", max_t=4, grace_period=2, reduction_factor=2)
+    scheduler = lasting_asha(metric="score", mode="min", max_t=4, grace_period=2, reduction_factor=2)
+    scheduler = cloudpickle.loads(cloudpickle.dumps(scheduler))  # as Tune keeps it for a sweep that is cut off
     trials = [Trial("trial", stub=True) for _ in range(3)]
     trials[0].update_last_result({"training_iteration": 4, "score": 0.5, "scores": [0.7, 0.6, 0.5, 0.5]})
     trials[1].update_last_result({"training_iteration": 2, "score": 0.8, "scores": [0.8, 0.8]})

@@ -1,7 +1,7 @@
 """Trials of a frozen trunk: all folds of a schedule are heads fitted at once."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from plates.cluster import start_ray
 from plates.config import TuneConfig
 from plates.head import HeadSettings, fit_heads
 from plates.storage import Place
-from plates.sweep.scores import Folds, score_images
+from plates.sweep.scores import Folds, Schedule, TrialResult, score_images, score_trial
 from plates.sweep.tuner import tune_all
 
 
@@ -24,56 +24,27 @@ class HeadSweep:
     labels: Tensor
     initial: tuple[Tensor, Tensor]
     folds: Folds
-    schedules: list[dict[str, Any]]
+    schedules: list[Schedule]
     config: TuneConfig
 
 
-def score_schedule(data: HeadSweep, schedule: dict[str, Any]) -> dict[str, Any]:
-    """All folds of one schedule, and those of nested cross-validation, fitted at once.
-
-    Returns: mean log_loss and accuracy; log_loss by fold, by repeat, and by image averaged over repeats;
-        and for each outer fold of the nested ones the inner log-loss and the outer image losses.
-    """
-    every = [*data.folds.repeated]
-    for outer, inner in data.folds.nested:
-        every += [outer, *inner]
+def score_schedule(data: HeadSweep, schedule: Schedule) -> TrialResult:
+    """All folds of one schedule, and those of nested cross-validation, fitted at once."""
+    folds = data.folds.in_turn()
     heads = fit_heads(
         data.train,
         data.labels,
-        [HeadSettings(**schedule, indices=train.tolist()) for train, _ in every],
+        [HeadSettings(**schedule, indices=train.tolist()) for train, _ in folds],
         data.initial,
         epochs=data.config.epochs,
         global_batch_size=data.config.global_batch_size,
         seed=data.config.seed,
     )
-    logits = heads.logits(data.val)  # (H, N, C)
-    losses, is_right = score_images(logits, data.labels)  # (H, N)
-    places = [torch.tensor(held) for _, held in every]
-    held_out = [(losses[h, held], is_right[h, held]) for h, held in enumerate(places)]
-    num_folds, num_repeats = data.config.folds, data.config.cv_repeats
-    image_losses = torch.zeros(num_repeats, len(data.labels))
-    image_right = torch.zeros(num_repeats, len(data.labels))
-    for h, held in enumerate(places[: len(data.folds.repeated)]):
-        image_losses[h // num_folds, held], image_right[h // num_folds, held] = held_out[h]
-    nested_inner, nested_outer = [], []
-    place = len(data.folds.repeated)
-    for _, inner in data.folds.nested:
-        nested_outer.append([values.tolist() for values in held_out[place]])
-        inner_losses = torch.cat([loss for loss, _ in held_out[place + 1 : place + 1 + len(inner)]])
-        nested_inner.append(float(inner_losses.mean()))
-        place += 1 + len(inner)
-    return {
-        "log_loss": float(image_losses.mean()),
-        "accuracy": float(image_right.mean()),
-        "fold_log_losses": [float(loss.mean()) for loss, _ in held_out[: len(data.folds.repeated)]],
-        "repeat_log_losses": image_losses.mean(1).tolist(),
-        "image_log_losses": image_losses.mean(0).tolist(),
-        "nested_inner": nested_inner,
-        "nested_outer": nested_outer,
-    }
+    scores = score_images(heads.logits(data.val), data.labels)  # (2, H, N)
+    return score_trial(data.folds, [scores[:, head, held] for head, (_, held) in enumerate(folds)])
 
 
-def run_head_trials(data: HeadSweep, state: Place) -> list[dict[str, Any]]:
+def run_head_trials(data: HeadSweep, state: Place) -> list[TrialResult]:
     """All trials of a head sweep by Ray Tune, in trial order; a sweep that was cut off goes on from `state`.
 
     A class Trainable with reused actors costs milliseconds a trial; the features go through the object store once.
@@ -91,7 +62,8 @@ def run_head_trials(data: HeadSweep, state: Place) -> list[dict[str, Any]]:
             self.index = config["index"]
 
         def step(self) -> dict[str, Any]:
-            return {**score_schedule(self.data, self.data.schedules[self.index]), "index": self.index, "done": True}
+            result = score_schedule(self.data, self.data.schedules[self.index])
+            return {**asdict(result), "index": self.index, "done": True}
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.index = new_config["index"]

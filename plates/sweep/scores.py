@@ -19,6 +19,7 @@ CONFIDENCE = 0.95
 NUM_SEEDS = 2**32  # that scikit-learn takes
 
 Fold = tuple[np.ndarray, np.ndarray]  # indices of training images, of held-out images
+Schedule = dict[str, Any]  # lr, step_size, gamma
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,29 @@ class Folds:
 
     repeated: list[Fold]
     nested: list[tuple[Fold, list[Fold]]]
+
+    def in_turn(self) -> list[Fold]:
+        """The repeated ones, then each outer one before its inner ones."""
+        return [*self.repeated, *(fold for outer, inner in self.nested for fold in (outer, *inner))]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What held-out images say of a schedule, after all folds or the first of them. Tune stores its fields as JSON.
+
+    `log_loss` and `accuracy` are means over images and repeats; then losses by fold done (K,), by repeat begun (R,)
+    and by image (N,), NaN of one not held out yet. Of nested cross-validation, empty where there is none: by outer
+    fold the mean loss of its inner ones (O,), and the losses of its n held-out images and whether each is right,
+    O times (2, n).
+    """
+
+    log_loss: float
+    accuracy: float
+    fold_log_losses: list[float]
+    repeat_log_losses: list[float]
+    image_log_losses: list[float]
+    nested_inner: list[float]
+    nested_outer: list[list[list[float]]]
 
 
 def make_folds(samples: Sequence[Sample], config: TuneConfig) -> Folds:
@@ -50,14 +74,35 @@ def make_folds(samples: Sequence[Sample], config: TuneConfig) -> Folds:
     return Folds(list(repeated.split(blank, labels)), nested)
 
 
-def score_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each image, and whether it is right: (..., N, C) to twice (..., N).
+def score_images(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """Cross-entropy of each image, and whether it is right: (..., N, C) to (2, ..., N) float64.
 
     What is not finite is infinitely bad, and not right: a diverged model must not pass for one that was not scored.
     """
     targets = labels.expand(logits.shape[:-1])
     losses = cross_entropy(logits.movedim(-1, 1), targets, reduction="none").nan_to_num(nan=inf, posinf=inf)
-    return losses, ((logits.argmax(-1) == targets) & losses.isfinite()).float()
+    is_right = (logits.argmax(-1) == targets) & losses.isfinite()
+    return np.stack([losses.double().numpy(), is_right.double().numpy()])
+
+
+def score_trial(folds: Folds, held_out: Sequence[np.ndarray]) -> TrialResult:
+    """Of the folds done, in turn: for each what `score_images` says of its held-out images, (2, n)."""
+    num_folds, num_images = len(folds.nested), sum(map(len, folds.repeated[0]))
+    num_repeated = min(len(held_out), len(folds.repeated))
+    scores = np.full((2, -(-num_repeated // num_folds), num_images), np.nan)
+    for place, (_, held) in enumerate(folds.repeated[:num_repeated]):
+        scores[:, place // num_folds, held] = held_out[place]
+    losses = pd.DataFrame(scores[0])  # its means are of the images that were held out
+    groups = [held_out[at : at + 1 + num_folds] for at in range(num_repeated, len(held_out), 1 + num_folds)]
+    return TrialResult(
+        log_loss=float(np.nanmean(scores[0])),
+        accuracy=float(np.nanmean(scores[1])),
+        fold_log_losses=[float(fold[0].mean()) for fold in held_out[:num_repeated]],
+        repeat_log_losses=losses.mean(axis=1).tolist(),
+        image_log_losses=losses.mean().tolist(),
+        nested_inner=[float(np.concatenate(inner, axis=1)[0].mean()) for _, *inner in groups],
+        nested_outer=[outer.tolist() for outer, *_ in groups],
+    )
 
 
 def paired_difference(
@@ -86,41 +131,39 @@ def half_width(values: np.ndarray, num_comparisons: int = 1) -> float:
     return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def tabulate_trials(results: list[dict[str, Any]], schedules: list[dict[str, Any]]) -> pd.DataFrame:
+def tabulate_trials(results: list[TrialResult], schedules: list[Schedule]) -> pd.DataFrame:
     """trials.csv, in trial order: schedule, mean log-loss, accuracy, each fold's loss; infinite where one diverged.
 
     `log_loss_low` and `log_loss_high` are a 95% interval over the repeats: it covers the noise of drawing the folds,
     not that of which images there are. `is_distinguishable` is whether the loss is above the winner's by more than
     the noise between images, the winner's selection among all trials included.
     """
-    num_folds = max(len(result["fold_log_losses"]) for result in results)
-    complete = [result for result in results if len(result["fold_log_losses"]) == num_folds]
-    best = min(complete, key=lambda result: result["log_loss"])
+    num_folds = max(len(result.fold_log_losses) for result in results)
+    complete = [result for result in results if len(result.fold_log_losses) == num_folds]
+    best = min(complete, key=lambda result: result.log_loss)
     rows = []
     for trial, (result, schedule) in enumerate(zip(results, schedules, strict=True)):
-        error = half_width(np.asarray(result["repeat_log_losses"]))
-        _, low, _ = paired_difference(best["image_log_losses"], result["image_log_losses"], max(1, len(results) - 1))
+        error = half_width(np.asarray(result.repeat_log_losses))
+        _, low, _ = paired_difference(best.image_log_losses, result.image_log_losses, max(1, len(results) - 1))
         rows.append(
             {
                 "trial": trial,
                 **schedule,
-                "log_loss": result["log_loss"],
-                "log_loss_low": result["log_loss"] - error,
-                "log_loss_high": result["log_loss"] + error,
-                "accuracy": result["accuracy"],
-                "num_folds": len(result["fold_log_losses"]),
+                "log_loss": result.log_loss,
+                "log_loss_low": result.log_loss - error,
+                "log_loss_high": result.log_loss + error,
+                "accuracy": result.accuracy,
+                "num_folds": len(result.fold_log_losses),
                 "is_baseline": trial == 0,
                 "is_winner": result is best,
                 "is_distinguishable": low > 0,
-                **{f"fold_{index}": value for index, value in enumerate(result["fold_log_losses"])},
+                **{f"fold_{index}": value for index, value in enumerate(result.fold_log_losses)},
             }
         )
     return pd.DataFrame(rows)
 
 
-def summarize(
-    results: list[dict[str, Any]], schedules: list[dict[str, Any]], trials: pd.DataFrame
-) -> dict[str, float | int]:
+def summarize(results: list[TrialResult], schedules: list[Schedule], trials: pd.DataFrame) -> dict[str, float | int]:
     """Flat figures: winner, baseline, the gain, and what nested cross-validation estimates of both.
 
     The interval of `gain/` holds for all trials at once, so that it covers the winner's selection. The figures of
@@ -135,16 +178,16 @@ def summarize(
     for name, trial in (("winner", winner), ("baseline", 0)):
         figures[f"{name}/trial"] = trial
         figures |= {f"{name}/{key}": value for key, value in schedules[trial].items()}
-        figures |= {f"{name}/{key}": results[trial][key] for key in ("log_loss", "accuracy")}
-    losses = [results[trial]["image_log_losses"] for trial in (winner, 0)]
+        figures |= {f"{name}/log_loss": results[trial].log_loss, f"{name}/accuracy": results[trial].accuracy}
+    losses = [results[trial].image_log_losses for trial in (winner, 0)]
     gain = paired_difference(*losses, num_comparisons=max(1, len(results) - 1))
     figures |= dict(zip(("gain/log_loss", "gain/log_loss_low", "gain/log_loss_high"), gain, strict=True))
-    if not results[0]["nested_inner"]:
+    if not results[0].nested_inner:
         return figures
     nested: list[tuple[float, ...]] = []  # of each image: loss, is right, the baseline's loss
-    for fold, (base_losses, _) in enumerate(results[0]["nested_outer"]):
-        chosen = min(results, key=lambda result, fold=fold: result["nested_inner"][fold])
-        nested += zip(*chosen["nested_outer"][fold], base_losses, strict=True)
+    for fold, (base_losses, _) in enumerate(results[0].nested_outer):
+        chosen = min(results, key=lambda result, fold=fold: result.nested_inner[fold])
+        nested += zip(*chosen.nested_outer[fold], base_losses, strict=True)
     outer, right, base = np.array(nested).T
     figures |= {"nested/log_loss": float(outer.mean()), "nested/accuracy": float(right.mean())}
     return figures | dict(

@@ -1,9 +1,8 @@
 """Trials that train more than the head: each fold is a Ray Train run, and poor trials are stopped early."""
 
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +12,7 @@ from plates.config import TuneConfig, UserError
 from plates.ray_private import lasting_asha, require
 from plates.rundir import write_json
 from plates.storage import Place, remove_tree
-from plates.sweep.scores import Folds, score_images
+from plates.sweep.scores import Folds, Schedule, TrialResult, score_images, score_trial
 from plates.sweep.tuner import tune_all
 from plates.train_loop import train
 from plates.train_loop.group import labels_of
@@ -29,8 +28,8 @@ MIN_CPUS_PER_WORKER = 2
 
 
 def run_training_trials(
-    task: Task, folds: Folds, schedules: list[dict[str, Any]], plan: Plan, state: Place
-) -> list[dict[str, Any]]:
+    task: Task, folds: Folds, schedules: list[Schedule], plan: Plan, state: Place
+) -> list[TrialResult]:
     """All trials in trial order. A trial reports after each fold, and ASHA stops the poor ones after one repeat.
 
     A trial's own process takes no CPU and its workers take what the plan gives each, so as many trials run at a time
@@ -49,8 +48,8 @@ def run_training_trials(
     def drive_trial(point: dict[str, Any], task: Task, folds: Folds) -> None:
         index, scores = point["index"], []
         for result in score_folds(task, folds, schedules[index], plan, state / "folds" / str(index)):
-            scores.append(min(result["log_loss"], WORST_SCORE))
-            tune.report({**result, "index": index, "score": scores[-1], "scores": [*scores]})
+            scores.append(min(result.log_loss, WORST_SCORE))
+            tune.report({**asdict(result), "index": index, "score": scores[-1], "scores": [*scores]})
 
     # Tune wants a trial to reserve something; a little memory leaves all CPUs to the workers.
     room = tune.PlacementGroupFactory([{"memory": DRIVER_MEMORY_BYTES}])
@@ -58,10 +57,7 @@ def run_training_trials(
     scheduler = lasting_asha(
         metric="score", mode="min", max_t=len(folds.repeated), grace_period=config.folds, reduction_factor=2
     )
-    callbacks = [
-        JsonLoggerCallback(),
-        TBXLoggerCallback(),
-    ]  # a sweep of heads turns Tune's own choice off
+    callbacks = [JsonLoggerCallback(), TBXLoggerCallback()]  # a sweep of heads turns Tune's own choice off
     results = tune_all(trainable, len(schedules), state, callbacks=callbacks, scheduler=scheduler,
                        max_concurrent_trials=num_concurrent)  # fmt: skip
     for trial in state.iterdir():
@@ -95,18 +91,13 @@ def pack_trials(plan: Plan, config: TuneConfig, nodes: list[Node]) -> tuple[Plan
     raise UserError(f"--num-workers {num_workers}{asked}: the cluster has no room for the workers of one trial")
 
 
-def score_folds(
-    task: Task, folds: Folds, schedule: dict[str, Any], plan: Plan, folder: Place
-) -> Iterator[dict[str, Any]]:
-    """Trains fold by fold; after each yields the scores so far, as `score_schedule` does of all at once.
+def score_folds(task: Task, folds: Folds, schedule: Schedule, plan: Plan, folder: Place) -> Iterator[TrialResult]:
+    """Trains fold by fold; after each yields the scores so far.
 
     A fold's scores are kept in `folder`, its training state, which is large, only until they are there.
     """
-    samples, num_folds = task.dataset.train, cast(TuneConfig, task.config).folds
-    num_repeats = len(folds.repeated) // num_folds
-    losses = np.full((num_repeats, len(samples)), np.nan)
-    is_right = np.full((num_repeats, len(samples)), np.nan)
-    fold_losses: list[float] = []
+    samples = task.dataset.train
+    held_out: list[np.ndarray] = []
     for place, (kept, held) in enumerate(folds.repeated):
         file = folder / f"{place}.json"
         if not file.exists():
@@ -115,21 +106,8 @@ def score_folds(
             )
             fold = replace(task, config=replace(task.config, **schedule), dataset=dataset, run=folder / f"{place}")
             logits = run_loop(train, fold, plan).val_logits
-            write_json(file, [scores.tolist() for scores in score_images(logits, labels_of(dataset.val))])
+            write_json(file, score_images(logits, labels_of(dataset.val)).tolist())
             remove_tree(fold.run)
-        scores = json.loads(file.read_text())
-        losses[place // num_folds, held] = [math.inf if loss is None else loss for loss in scores[0]]
-        is_right[place // num_folds, held] = scores[1]
-        fold_losses.append(float(losses[place // num_folds, held].mean()))
-        seen = slice(0, place // num_folds + 1)
-        yield {
-            "log_loss": float(np.nanmean(losses)),
-            "accuracy": float(np.nanmean(is_right)),
-            "fold_log_losses": list(fold_losses),
-            "repeat_log_losses": np.nanmean(losses[seen], axis=1).tolist(),
-            "image_log_losses": [
-                math.nan if np.isnan(column).all() else float(np.nanmean(column)) for column in losses.T
-            ],
-            "nested_inner": [],
-            "nested_outer": [],
-        }
+        scores = np.array(json.loads(file.read_text()), dtype=float)  # (2, n), null where infinite
+        held_out.append(np.where(np.isnan(scores), np.inf, scores))
+        yield score_trial(folds, held_out)

@@ -1,8 +1,10 @@
 """The only place that builds a Tuner."""
 
+from dataclasses import fields
 from typing import Any
 
 from plates.storage import Place, remove_tree
+from plates.sweep.scores import TrialResult
 from plates.train_loop.task import Task, task_key
 
 STATE_FOLDER = ".ray_tune"  # of a sweep at work inside the run directory, gone when the run is finished
@@ -19,8 +21,8 @@ def state_of(task: Task) -> Place:
 
 def tune_all(
     trainable: Any, num_trials: int, state: Place, *, callbacks: list[Any] | None = None, **options: Any
-) -> list[dict[str, Any]]:
-    """Runs trials {"index": 0…} by Tune, or resumes them from `state`, and returns their last results in trial order.
+) -> list[TrialResult]:
+    """Runs trials {"index": 0…} by Tune, or resumes them from `state`, and gives their last results in trial order.
 
     Raises: RuntimeError naming the first failed trial's error.
     """
@@ -45,4 +47,5 @@ def tune_all(
     grid = tuner.fit()
     if grid.errors:
         raise RuntimeError(f"a trial of the sweep failed: {grid.errors[0]}")
-    return sorted((result.metrics or {} for result in grid), key=lambda metrics: metrics["index"])
+    reports = sorted((result.metrics or {} for result in grid), key=lambda metrics: metrics["index"])
+    return [TrialResult(**{field.name: report[field.name] for field in fields(TrialResult)}) for report in reports]

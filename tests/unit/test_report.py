@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up_trials import made_up
 
 from plates.config import TuneConfig
 from plates.metrics import score
@@ -277,21 +278,9 @@ def make_sweep(run: Path, losses: list[float], num_folds: list[int] | None = Non
     schedules = draw_schedules(TuneConfig(num_trials=len(losses), lr=0.5))
     results = []
     for loss, count in zip(losses, num_folds or [2] * len(losses), strict=True):
+        changes = {} if has_nested else {"nested_inner": [], "nested_outer": []}
         images = [loss - 0.1, loss, loss, loss + 0.1]
-        result = {
-            "log_loss": loss,
-            "accuracy": 0.5,
-            "fold_log_losses": [loss] * count,
-            "repeat_log_losses": [loss, loss],
-        }
-        results.append(
-            {
-                **result,
-                "image_log_losses": images,
-                "nested_inner": [loss] if has_nested else [],
-                "nested_outer": [(images, [1.0] * 4)] if has_nested else [],
-            }
-        )
+        results.append(made_up(loss, images, fold_log_losses=[loss] * count, **changes))
     trials = tabulate_trials(results, schedules)
     trials.to_csv(run / "trials.csv", index=False)
     write_json(run / "metrics.json", summarize(results, schedules, trials))

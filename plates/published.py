@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from plates import metrics
-from plates.config import NUM_PUBLISHED_EPOCHS
+from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, NUM_PUBLISHED_EPOCHS
 from plates.dataset import Dataset, Sample, Skipped, Source, check_dataset, check_samples, load_dataset
 from plates.model import Weights, build_classifier, preprocessing_of, resolve_weights, set_trainable
 from plates.timing import Pace, device_name, process_age_s, synchronize
@@ -109,21 +109,21 @@ def time_published(
     }
 
 
-def leave_out_unreadable(dataset: Dataset) -> Dataset:
-    """The data set as a run with --skip-unreadable sees it."""
-    readable, _, _ = check_dataset(dataset, skip_unreadable=True)
+def leave_out_unreadable(dataset: Dataset) -> tuple[Dataset, int]:
+    """The data set as a run with --skip-unreadable sees it, and how many images that leaves out."""
+    readable, skipped, _ = check_dataset(dataset, skip_unreadable=True)
     outcomes = check_samples(dataset.source, "test", dataset.test)
     test = [sample for sample, found in zip(dataset.test, outcomes, strict=True) if not isinstance(found, Skipped)]
-    return replace(readable, test=tuple(test))
+    return replace(readable, test=tuple(test)), len(skipped) + len(dataset.test) - len(test)
 
 
-def main(argv: list[str]) -> None:
-    settings = json.loads(argv[0])
+def main(argv: list[str]) -> int:
+    settings, num_unreadable = json.loads(argv[0]), 0
     torch.set_num_threads(joblib.cpu_count())  # all cores, also in a job, whose driver inherits OMP_NUM_THREADS=1
     device = torch.device(settings["device"])
     dataset = load_dataset(settings["data"], settings["seed"])
     if settings["skip_unreadable"]:
-        dataset = leave_out_unreadable(dataset)
+        dataset, num_unreadable = leave_out_unreadable(dataset)
     weights = resolve_weights(*(settings[name] for name in ("backbone", "weights", "seed", "image_size")))
     shape = [settings["trainable"], settings["image_size"], device, settings["num_epochs"], settings["limit_s"]]
     measured = {
@@ -134,7 +134,8 @@ def main(argv: list[str]) -> None:
         "device_name": device_name(device),
     }
     print(json.dumps(measured))
+    return EXIT_SOME_UNREADABLE if num_unreadable else EXIT_OK
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

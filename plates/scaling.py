@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from plates.config import PUBLISHED_LIMIT_S, BenchmarkConfig, ModelConfig
+from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PUBLISHED_LIMIT_S, BenchmarkConfig, ModelConfig
 from plates.dataset import DEFAULT_NUM_SYNTHETIC
 from plates.rundir import read_csv, write_whole
 from plates.storage import Place, remove_tree
@@ -70,9 +72,9 @@ def share_threads(rows: list[Row], share: Callable[[int, str], int | None]) -> d
 
 
 def measure_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, keep: Place) -> dict[str, Any]:
-    """One repeat of a row, in a new process and with an empty cache; its predictions are kept.
+    """One repeat of a row, in a new process and with an empty cache; its predictions and skipped.csv are kept.
 
-    Returns: a row of benchmark.csv; where it cannot run here, one whose `reason` says why.
+    Returns: a row of benchmark.csv, with the exit code; where it cannot run here, one whose `reason` says why.
     """
     blank = {"row": row.name, "kind": row.kind, "device": row.device, "num_workers": row.num_workers}
     folder = keep / ROW_FOLDER
@@ -98,14 +100,17 @@ def run_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, folder: Pla
     start_s = time.perf_counter()
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     wall_s = time.perf_counter() - start_s
-    if ended.returncode not in (0, 3):
+    code = {"exit_code": ended.returncode}
+    if ended.returncode not in (EXIT_OK, EXIT_SOME_UNREADABLE):
         said = (ended.stderr.strip() or "it said nothing").splitlines()
-        return {"reason": f"exit code {ended.returncode}: {said[-1]}"}
+        return {**code, "reason": f"exit code {ended.returncode}: {said[-1]}"}
     if row.kind == "published":
-        return extrapolate(json.loads(ended.stdout.splitlines()[-1]), config, wall_s)
-    predictions = (run / "predictions.csv").read_bytes()  # as they are: read as a table, an id 0001 would be 1
-    write_whole(keep / "predictions.csv", lambda file: file.write_bytes(predictions))
-    return read_run(run, wall_s)
+        return code | extrapolate(json.loads(ended.stdout.splitlines()[-1]), config, wall_s)
+    for name in ("predictions.csv", "skipped.csv"):
+        if (run / name).exists():
+            text = (run / name).read_bytes()  # as it is: read as a table, an id 0001 would be 1
+            write_whole(keep / name, partial(Path.write_bytes, data=text))
+    return code | read_run(run, wall_s)
 
 
 def flags_of(config: BenchmarkConfig, num_workers: int) -> list[str]:

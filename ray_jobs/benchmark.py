@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from plates.config import EXIT_FAILED, EXIT_OK, BenchmarkConfig, run_job
+from plates.config import EXIT_FAILED, EXIT_OK, EXIT_SOME_UNREADABLE, BenchmarkConfig, run_job
 
 
 def benchmark(config: BenchmarkConfig) -> int:
@@ -50,8 +50,12 @@ def benchmark(config: BenchmarkConfig) -> int:
     for entry in entries:
         if "reason" in entry:
             print(f"{entry['row']} could not run: {entry['reason']}")
+    if (run / "skipped.csv").exists():
+        print(f"images that could not be read: {run / 'skipped.csv'}")
     print(f"{QUOTED}\nreport: {report}\n{json.dumps(rundir.only_finite(found))}")
-    return EXIT_OK if any("reason" not in entry for entry in entries) else EXIT_FAILED
+    if all("reason" in entry for entry in entries):
+        return EXIT_FAILED
+    return EXIT_SOME_UNREADABLE if any(row["exit_code"] == EXIT_SOME_UNREADABLE for row in measured) else EXIT_OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,8 @@ import sys
 import pandas as pd
 import torch
 
+from plates import scaling
+from plates.scaling import Row
 from ray_jobs import benchmark as benchmark_job
 
 
@@ -44,6 +46,21 @@ def test_a_benchmark_writes_its_table_and_says_what_could_not_run(tmp_path, caps
     page = (run / "report.html").read_text()
     assert "454.933 s" in page
     assert "No model of the scaling" in page
+
+
+def test_a_benchmark_ends_with_exit_code_3_where_an_image_could_not_be_read(folder, tmp_path, monkeypatch, capsys):
+    """The two rows that need no Ray, each in a process of its own."""
+    rows = [Row("published", "cpu", 0), Row("plates", "cpu", 0)]
+    monkeypatch.setattr(scaling, "plan_rows", lambda *_: rows)
+    (folder / "train" / "dirty" / "1.png").write_bytes(b"no picture")
+    run = tmp_path / "run"
+    flags = ["--data", str(folder), "--backbone", "resnet18", "--weights", "none", "--image-size", "32"]
+    flags += ["--epochs", "1", "--repeats", "1", "--devices", "cpu", "--skip-unreadable", "--out", str(run)]
+    assert benchmark_job.main(flags) == 3
+    assert f"could not be read: {run / 'skipped.csv'}" in capsys.readouterr().out
+    assert pd.read_csv(run / "benchmark.csv")["exit_code"].tolist() == [3, 3]
+    assert pd.read_csv(run / "skipped.csv")["path"].tolist() == ["train/dirty/1.png"]
+    assert "train/dirty/1.png" in (run / "report.html").read_text()
 
 
 def test_the_published_loop_stops_after_its_first_epochs_where_all_would_take_too_long(folder):

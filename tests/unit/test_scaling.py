@@ -125,7 +125,8 @@ def test_unreadable_images_are_skipped_in_every_row(folder):
     for path in ("train/cleaned/1.jpg", "test/3.jpg"):
         (folder / path).write_bytes(b"no picture")
     dataset = load_dataset(str(folder), seed=0)
-    left = leave_out_unreadable(dataset)
+    left, num_unreadable = leave_out_unreadable(dataset)
+    assert num_unreadable == 2
     assert len(left.train) == len(dataset.train) - 1
     assert len(left.test) == len(dataset.test) - 1
     assert len(left.val) == len(dataset.val)

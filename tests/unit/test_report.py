@@ -7,102 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_up_trials import made_up
+from report_runs import draw_noise, make_run, write_page
 
-from plates.config import TuneConfig
 from plates.metrics import score
-from plates.report import summary_table, write_report
+from plates.report import summary_table
 from plates.report.predictions import read_predictions, show_predictions
 from plates.report.scores import score_split
 from plates.rundir import write_json
-from plates.sweep import draw_schedules
-from plates.sweep.scores import summarize, tabulate_trials
 
 ODD_CLASSES = ["dirty & <b>wet", 'NA "quoted"']
-
-
-def make_run(run: Path, classes: list[str], *, test_images: int = 30, job: str = "train") -> Path:
-    """Write the files of a run with 8 validation images, of which the model gets 7 right."""
-    rng = np.random.default_rng(0)
-    run.mkdir(parents=True)
-    config = {
-        "job": job,
-        "data": "/data/plates",
-        "backbone": "tiny",
-        "backbone_reason": "asked for",
-        "weights_source": "package",
-        "plan": "2 workers on 1 node, cpu",
-        "device_names": ["Some CPU"],
-        "versions": {"torch": "2.14.1"},
-        "classes": classes,
-        "num_images": {"train": 32, "val": 8},
-        "notes": ["Backbone <fallback>: smaller one."],
-        "epochs": 3,
-    }
-    (run / "config.json").write_text(json.dumps(config))
-    first, second = classes[:2]
-    metrics = {
-        "train/loss": 0.21234,
-        "train/accuracy": 0.90625,
-        "val/loss": 0.34567,
-        "val/accuracy": 0.875,
-        "val/num_images": 8,
-        f"val/confusion/{first}/{first}": 4,
-        f"val/confusion/{first}/{second}": 0,
-        f"val/confusion/{second}/{first}": 1,
-        f"val/confusion/{second}/{second}": 3,
-        "test/num_images": test_images,
-        "test/num_unreadable": 1,
-    }
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    pd.DataFrame(
-        {
-            "epoch": [1, 2, 3],
-            "lr": [1e-3, 1e-3, 1e-4],
-            "train/loss": [0.7, np.nan, 0.21234],
-            "train/accuracy": [0.5, 0.8, 0.90625],
-            "val/loss": [0.69, 0.4, 0.34567],
-            "val/accuracy": [0.5, 0.75, 0.875],
-        }
-    ).to_csv(run / "history.csv", index=False)
-    pd.DataFrame(
-        {
-            "rank": [None, 0, 1],
-            "node": [None, "a-node-with-quite-a-long-name.example", "b"],
-            "device": "cpu",
-            "device_name": "A Processor With Quite A Long Name",
-            "num_workers": [2, 1, 1],
-            "startup_s": [4.25, 1.5, 1.5],
-            "data_s": [0.5, 0.5, 0.5],
-            "train_s": [12.75, 12.5, 12.5],
-            "inference_s": [1.5, 1.25, None],
-            "total_s": [1234.56, 18.5, 18.5],
-            "train_images_per_sec": [80.5, 40.25, 40.25],
-            "inference_images_per_sec": [321.4, 160.5, None],
-        }
-    ).astype({"rank": "Int64"}).to_csv(run / "timing.csv", index=False)
-    chances = rng.uniform(0.5, 0.99, test_images)
-    predictions: dict[str, list] = {"path": [f"test/{i:04}.jpg" for i in range(test_images)]}
-    predictions["id"] = [f"{i:04}" for i in range(test_images)]
-    predictions["label"] = [classes[i % 2] for i in range(test_images)]
-    for k, name in enumerate(classes):
-        values = [p if i % 2 == k else 1 - p for i, p in enumerate(chances)]
-        predictions[f"p_{name}"] = values if k < 2 else [0.0] * test_images
-    pd.DataFrame(predictions).to_csv(run / "predictions.csv", index=False)
-    skipped = {"path": ["train/<broken>.jpg"], "split": ["train"], "reason": ["truncated"]}
-    pd.DataFrame(skipped).to_csv(run / "skipped.csv", index=False)
-    return run
-
-
-def draw_noise(path: str) -> np.ndarray:
-    return np.random.default_rng(len(path)).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-
-
-def write_page(run: Path, views: int = 2, read_image=draw_noise) -> str:
-    report = write_report(run, train_views=[(draw_noise("x"), "v<i>ew")] * views, read_image=read_image)
-    assert report == run / "report.html"
-    assert not list(run.glob("*.part"))
-    return report.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -270,65 +183,6 @@ def test_a_confusion_matrix_of_few_classes_is_whole(odd_page: str) -> None:
     rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in matrix.split("<tr>")[2:]]
     assert rows == [["4", "0", "4", "100.0%"], ["1", "3", "4", "75.0%"]]
     assert "another class" not in matrix
-
-
-def make_sweep(run: Path, losses: list[float], num_folds: list[int] | None = None, has_nested: bool = True) -> str:
-    """Files of a sweep of which trial 0, the baseline, may have diverged; its report."""
-    run.mkdir()
-    schedules = draw_schedules(TuneConfig(num_trials=len(losses), lr=0.5))
-    results = []
-    for loss, count in zip(losses, num_folds or [2] * len(losses), strict=True):
-        changes = {} if has_nested else {"nested_inner": [], "nested_outer": []}
-        images = [loss - 0.1, loss, loss, loss + 0.1]
-        results.append(made_up(loss, images, fold_log_losses=[loss] * count, **changes))
-    trials = tabulate_trials(results, schedules)
-    trials.to_csv(run / "trials.csv", index=False)
-    write_json(run / "metrics.json", summarize(results, schedules, trials))
-    history = pd.DataFrame({"epoch": [0, 1], "train/loss": [0.7, 0.5]})
-    history.to_csv(run / "history.csv", index=False)
-    history.assign(**{"train/loss": np.nan}).to_csv(run / "history_baseline.csv", index=False)
-    return " ".join(re.sub(r"<[^>]*>", " ", write_page(run, views=0).split("<body>")[1]).split())
-
-
-def test_a_diverged_trial_is_called_so(tmp_path: Path) -> None:
-    text = make_sweep(tmp_path / "run", [np.inf, 0.6, 0.4])
-    assert "The baseline (lr 0.5, step_size 7, gamma 0.1) has diverged" in text
-    assert "Trial 2 has the lowest cross-validated log-loss of 3: 0.4000" in text
-    assert "gain" not in text.split("The baseline")[1].split("own figures")[0]
-    assert not re.search(r"\b(inf|nan|None)\b", text)
-
-
-def test_a_sweep_whose_trials_all_diverged_has_a_page(tmp_path: Path) -> None:
-    text = make_sweep(tmp_path / "run", [np.inf, np.inf])
-    assert "Trial 0 has the lowest cross-validated log-loss of 2: diverged" in text
-    assert not re.search(r"\b(inf|nan|None)\b", text)
-
-
-def test_the_page_says_what_each_interval_covers(tmp_path: Path) -> None:
-    text = make_sweep(tmp_path / "run", [0.5, 0.6, 0.4])
-    assert "The winner gains 0.1000 , 95% interval 0.1000 to 0.1000, which holds for all trials at once" in text
-    assert "a gain over the baseline of 0.1000 (95% interval" in text
-    assert "it covers the noise of drawing the folds" in text
-    assert "published schedule" not in text
-
-
-def test_a_winner_without_a_nested_estimate_is_called_optimistic_and_stopped_trials_no_candidates(tmp_path) -> None:
-    """Of trials that train the trunk: the second was stopped after one fold, at a loss below the winner's."""
-    text = make_sweep(tmp_path / "run", [0.5, 0.3, 0.4], num_folds=[2, 1, 2], has_nested=False)
-    assert "Trial 2 has the lowest cross-validated log-loss of 3, 1 of which were stopped early" in text
-    assert "stopped after 1 folds" in text
-    doubt = "As the best of 3 noisy scores the winner's own figures are optimistic, and there is no nested estimate"
-    assert doubt in text.replace("&#39;", "'")
-    terminal = " ".join(summary_table(tmp_path / "run").split())
-    assert "The sweep's winner is trial 2 of 3: log-loss 0.4000, the baseline's 0.5000." in terminal
-    assert doubt in terminal
-
-
-def test_the_terminal_tells_the_nested_estimate(tmp_path) -> None:
-    make_sweep(tmp_path / "run", [0.5, 0.6, 0.4])
-    terminal = " ".join(summary_table(tmp_path / "run").split())
-    assert "figures are optimistic; nested cross-validation" in terminal
-    assert "a log-loss of 0.4000, an accuracy of 100.0% and a gain over the baseline of 0.1000" in terminal
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 8), (7, 8), (8, 8), (500, 1000)])

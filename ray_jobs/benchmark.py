@@ -4,7 +4,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from plates.config import EXIT_FAILED, EXIT_OK, EXIT_SOME_UNREADABLE, BenchmarkConfig, run_job
+from plates.command import run_job
+from plates.config import EXIT_FAILED, EXIT_OK, EXIT_SOME_UNREADABLE, BenchmarkConfig
 
 
 def benchmark(config: BenchmarkConfig) -> int:

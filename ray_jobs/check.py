@@ -4,7 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from plates.config import EXIT_OK, EXIT_USER_ERROR, CheckConfig, run_job
+from plates.command import run_job
+from plates.config import EXIT_OK, EXIT_USER_ERROR, CheckConfig
 
 
 def check(config: CheckConfig) -> int:

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from plates.config import PredictConfig, UserError, run_job
+from plates.command import run_job
+from plates.config import PredictConfig, UserError
 
 
 def run_prediction(config: PredictConfig) -> int:

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PrepareConfig, run_job
+from plates.command import run_job
+from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PrepareConfig
 
 
 def prepare(config: PrepareConfig) -> int:

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from plates.config import TrainConfig, run_job
+from plates.command import run_job
+from plates.config import TrainConfig
 
 
 def train(config: TrainConfig) -> int:

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from plates.config import TuneConfig, run_job
+from plates.command import run_job
+from plates.config import TuneConfig
 
 
 def tune(config: TuneConfig) -> int:

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from plates.config import JOB_CONFIGS, CheckConfig, TrainConfig, TuneConfig, UserError, run_job
+from plates.command import run_job
+from plates.config import JOB_CONFIGS, CheckConfig, TrainConfig, TuneConfig, UserError
 
 DATA = {"data", "out", "skip_unreadable"}
 WORKER = {"num_workers", "device", "precision", "cpus_per_worker", "wait_for_nodes_s"}

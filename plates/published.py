@@ -18,8 +18,9 @@ from torchvision.transforms import v2
 from plates import metrics
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, NUM_PUBLISHED_EPOCHS
 from plates.dataset import Dataset, Sample, Skipped, Source, check_dataset, check_samples, load_dataset
-from plates.model import Weights, build_classifier, preprocessing_of, resolve_weights, set_trainable
+from plates.model import Weights, build_classifier, preprocessing_of, set_trainable
 from plates.timing import Pace, device_name, process_age_s, synchronize
+from plates.weights import resolve_weights
 
 BATCH_SIZE, NUM_LOADER_WORKERS = 8, 8
 

@@ -15,12 +15,12 @@ def train(config: TrainConfig) -> int:
     from plates.dataset import check_dataset, load_dataset
     from plates.job import finish, start, task_of
     from plates.metrics import score
-    from plates.model import resolve_weights
     from plates.timing import startup_and_pace
     from plates.train_loop import draw_examples
     from plates.train_loop import train as train_on_worker
     from plates.train_loop.group import labels_of
     from plates.trainer import run_loop
+    from plates.weights import resolve_weights
 
     started = start(
         "train",

@@ -12,12 +12,12 @@ def tune(config: TuneConfig) -> int:
     from plates.checkpoint import Bundle, save_bundle
     from plates.dataset import check_dataset, load_dataset, merge_labelled
     from plates.job import LoadedData, finish, start, task_of
-    from plates.model import resolve_weights
     from plates.storage import remove_tree
     from plates.sweep import run_sweep
     from plates.sweep.scores import make_folds
     from plates.sweep.tuner import STATE_FOLDER
     from plates.train_loop import draw_examples
+    from plates.weights import resolve_weights
 
     def load_data() -> LoadedData:
         dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)

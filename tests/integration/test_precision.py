@@ -9,8 +9,8 @@ from test_train import CONFIG, train_on
 
 from plates.config import TrainConfig
 from plates.device import best_precision
-from plates.model import resolve_weights
 from plates.train_loop.task import Trained
+from plates.weights import resolve_weights
 
 # Enough steps over drawn plates for weights that went stale to show: val/loss was 3328 so, where fp32 has 0.68. From
 # random weights, lr 1e-3 on the whole trunk would throw the first epoch's loss to 23, and any rounding about with it.

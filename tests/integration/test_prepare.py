@@ -13,10 +13,11 @@ from test_train import CONFIG, train_on
 from plates import shards
 from plates.dataset import load_dataset, row_groups
 from plates.head import epoch_order
-from plates.model import preprocessing_of, resolve_weights
+from plates.model import preprocessing_of
 from plates.train_loop.end_to_end import ImageCache, train_batches
 from plates.train_loop.group import Worker
 from plates.trainer import make_task
+from plates.weights import resolve_weights
 from ray_jobs import prepare, train
 
 PREPROCESSING = preprocessing_of("resnet18", 32)

@@ -21,9 +21,9 @@ from test_train import CONFIG, train_on
 
 from plates.config import TrainConfig
 from plates.dataset import FolderSource, load_dataset
-from plates.model import resolve_weights
 from plates.rundir import STATE_FILE, find_run, write_whole
 from plates.train_loop import resume
+from plates.weights import resolve_weights
 from ray_jobs import train as train_job
 
 

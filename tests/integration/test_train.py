@@ -14,12 +14,13 @@ from plates.config import TrainConfig
 from plates.dataset import check_dataset, load_dataset, load_test_split
 from plates.device import best_precision, decide_precision, devices_here
 from plates.metrics import score
-from plates.model import preprocessing_of, resolve_weights
+from plates.model import preprocessing_of
 from plates.predict import predict
 from plates.train_loop import train
 from plates.train_loop.group import labels_of
 from plates.train_loop.task import Trained
 from plates.trainer import make_task, run_loop
+from plates.weights import resolve_weights
 from ray_jobs import predict as predict_job
 from ray_jobs import train as train_job
 

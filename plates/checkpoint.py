@@ -68,7 +68,7 @@ def load_bundle(folder: Place) -> Bundle:
     return bundle
 
 
-def build_model(bundle: Bundle) -> Classifier:
+def rebuild_model(bundle: Bundle) -> Classifier:
     """The bundle's classifier, fp32 on the CPU. Raises: UserError where its tensors do not fit."""
     trunk, num_features = build_trunk(bundle.backbone, bundle.preprocessing.image_size)
     model = Classifier(trunk, num_features, len(bundle.classes))

@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import joblib
 import torch
 
 from plates.address import check_address
 from plates.config import UserError, WorkerConfig
+from plates.device import num_usable_cpus
 from plates.ray_private import count_coming, require
 
 FIRST_NODE_S = 20.0  # in which a cluster that has just started shows a node
@@ -78,7 +78,8 @@ def plan_job(
 
     Raises: UserError for a device or a number of workers that is not there.
     """
-    if num_workers == 0 or (num_workers == "auto" and not is_in_cluster() and not has_many_gpus(device)):
+    has_many_gpus = device != "cpu" and torch.cuda.device_count() > 1
+    if num_workers == 0 or (num_workers == "auto" and not is_in_cluster() and not has_many_gpus):
         reason = "--num-workers 0" if num_workers == 0 else "one machine, no cluster, at most one GPU"
         return plan_here(device, reason, cpus_per_worker)
     start_ray()
@@ -103,14 +104,6 @@ def plan_here(device: str, reason: str, num_threads: int | None) -> Plan:
     if num_threads is not None and num_threads > num_cpus:
         raise UserError(f"--cpus-per-worker {num_threads}: this process can have {num_cpus}")
     return Plan.on(chosen, 0, num_threads or num_cpus, reason)
-
-
-def num_usable_cpus() -> int:
-    """CPUs that this process may run on and its container's share of them, at least 1.
-
-    A job's driver inherits OMP_NUM_THREADS=1, which says nothing of them.
-    """
-    return joblib.cpu_count()
 
 
 def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[Node]) -> Plan:
@@ -242,10 +235,6 @@ def find_room(plan: Plan, has_lost: bool = False) -> Plan:
 
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def has_many_gpus(device: str) -> bool:
-    return device != "cpu" and torch.cuda.device_count() > 1
 
 
 def is_in_cluster() -> bool:

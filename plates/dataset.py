@@ -1,38 +1,90 @@
-"""Sources of images to splits of (path, label), and the reading of one image."""
+"""Data sets: what --data names, as splits of (path, label)."""
 
-import hashlib
-import io
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import overload
 
-import joblib
 import numpy as np
+import pyarrow as pa
 import torch
-from PIL import Image
+from pyarrow.compute import equal, index_in  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 from tqdm import tqdm
 
 from plates import synthetic
 from plates.config import UserError, is_drawn
+from plates.device import num_usable_cpus
 from plates.folders import find_images, find_root, listing, look_into, printable
-from plates.images import IMAGE_SUFFIXES, UnreadableImageError, decode
+from plates.images import IMAGE_SUFFIXES, UnreadableImageError
 from plates.shards import ShardSource, is_prepared, read_index
+from plates.sources import FolderSource, Source, SyntheticSource, synthetic_identity
 from plates.storage import Place, place_of
 
 VALIDATION_EVERY = 6  # the published split: every sixth image
 DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
+SAMPLES_PER_BATCH = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image: its path as the user knows it, and its class index (None in the test split)."""
+    """One image: its path as the user knows it, and its class index; None where it is not known."""
 
     path: str
     label: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence[Sample]):
+    """The images of a split as columns, for a million of them to fit beside a model.
+
+    `table`: path (string), label (int32, null where it is not known), and digest (32 bytes, the SHA-256 of the image,
+    null until it is known).
+    """
+
+    table: pa.Table
+
+    @classmethod
+    def of(cls, paths: Sequence[str] = (), labels: Iterable[int | None] | None = None) -> "Samples":
+        numbers = pa.array(labels, pa.int32()) if labels is not None else pa.nulls(len(paths), pa.int32())
+        columns = {"path": pa.array(paths, pa.string()), "label": numbers}
+        return cls(pa.table({**columns, "digest": pa.nulls(len(paths), pa.binary(32))}))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Samples": ...
+    def __getitem__(self, index: int | slice) -> "Sample | Samples":
+        if isinstance(index, slice):
+            return self.take(range(*index.indices(len(self))))
+        return Sample(self.table["path"][index].as_py(), self.table["label"][index].as_py())
+
+    def __iter__(self) -> Iterator[Sample]:
+        for batch in self.table.to_batches(max_chunksize=SAMPLES_PER_BATCH):
+            yield from map(Sample, batch["path"].to_pylist(), batch["label"].to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        """Of paths and labels."""
+        columns = ["path", "label"]
+        return isinstance(other, Samples) and self.table.select(columns).equals(other.table.select(columns))
+
+    def take(self, places: Iterable[int]) -> "Samples":
+        return Samples(self.table.take(pa.array(places, pa.int64())).combine_chunks())
+
+    def where(self, is_kept: list[bool]) -> "Samples":
+        return Samples(self.table.filter(pa.array(is_kept, pa.bool_())).combine_chunks())
+
+    def with_digests(self, digests: Sequence[bytes | None]) -> "Samples":
+        return Samples(self.table.set_column(2, "digest", pa.array(digests, pa.binary(32))))
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64, of images that all have one."""
+        return torch.from_numpy(self.table["label"].to_numpy().astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -42,73 +94,15 @@ class Skipped:
     reason: str
 
 
-class Source(Protocol):
-    """Where the pixels are; small, and sent to every worker."""
-
-    def read(self, path: str) -> Tensor:
-        """(3, H, W) uint8 RGB. Raises: UnreadableImageError."""
-        ...
-
-    def read_bytes(self, path: str) -> bytes:
-        """The encoded image. Raises: UnreadableImageError."""
-        ...
-
-    def check(self, path: str) -> str:
-        """Makes sure that `read` will succeed; the hash of what it decodes. Raises: UnreadableImageError."""
-        ...
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    root: Place
-
-    def read(self, path: str) -> Tensor:
-        return decode(self.read_bytes(path))
-
-    def check(self, path: str) -> str:
-        data = self.read_bytes(path)
-        decode(data)
-        return hashlib.sha256(data).hexdigest()
-
-    def read_bytes(self, path: str) -> bytes:
-        try:
-            return (self.root / path).read_bytes()
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and "\\x" in path:  # as find_images shows it
-                raise UnreadableImageError("its name is not UTF-8; rename it") from error
-            raise UnreadableImageError(error.strerror or str(error)) from error
-
-
-@dataclass(frozen=True)
-class SyntheticSource:
-    seed: int
-
-    def read(self, path: str) -> Tensor:
-        index, is_dirty = synthetic_identity(self.seed, path)
-        return torch.from_numpy(synthetic.draw_plate(self.seed, index, is_dirty)).permute(2, 0, 1)
-
-    def read_bytes(self, path: str) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(self.read(path).permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    def check(self, path: str) -> str:
-        """A drawing follows from the drawing program, its libraries, the seed and the path; nothing is drawn here."""
-        program = Path(synthetic.__file__).read_bytes()
-        key = f"{Image.__version__}/{np.__version__}/{self.seed}/{path}"
-        return hashlib.sha256(program + key.encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Dataset:
-    """Samples by split, in path order. `true_test_labels` holds what a drawn test split keeps aside."""
+    """Samples by split, in path order. Labels of the test split, where there are any, are for its score alone."""
 
     source: Source
     classes: tuple[str, ...]
-    train: tuple[Sample, ...]
-    val: tuple[Sample, ...]
-    test: tuple[Sample, ...]
-    true_test_labels: dict[str, int] = field(default_factory=dict)
+    train: Samples
+    val: Samples
+    test: Samples
 
     def read_picture(self, path: str) -> np.ndarray:
         """(H, W, 3) uint8, for people. Raises: UnreadableImageError."""
@@ -145,10 +139,10 @@ def load_test_split(data: str, seed: int) -> Dataset:
         if root and (root / "train").is_dir():
             return list_folder(root)
         top = root or folder
-        test = tuple(Sample(path) for path in find_images(top / "test" if root else top, top))
+        test = find_images(top / "test" if root else top, top)
     if not test:
         raise UserError(f"--data {data}: holds no images to predict ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return Dataset(FolderSource(top), (), (), (), test)
+    return Dataset(FolderSource(top), (), Samples.of(), Samples.of(), Samples.of(test))
 
 
 def list_folder(root: Place) -> Dataset:
@@ -159,7 +153,7 @@ def list_folder(root: Place) -> Dataset:
     for name, paths in by_class.items():
         if not paths:
             raise UserError(f"--data {root}: train/{name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    test = tuple(Sample(path) for path in find_images(root / "test", root))
+    test = Samples.of(find_images(root / "test", root))
     if (root / "val").is_dir():
         train, val = by_class, images_by_class(root, "val")
         unknown = [name for name in val if name not in by_class]
@@ -190,89 +184,77 @@ def split_every_sixth(by_class: dict[str, list[str]]) -> tuple[dict[str, list[st
     return train, val
 
 
-def label(by_class: dict[str, list[str]], classes: tuple[str, ...]) -> tuple[Sample, ...]:
-    samples = [Sample(path, classes.index(name)) for name, paths in by_class.items() for path in paths]
-    return tuple(sorted(samples, key=lambda sample: sample.path))
+def label(by_class: dict[str, list[str]], classes: tuple[str, ...]) -> Samples:
+    pairs = sorted((path, number) for number, name in enumerate(classes) for path in by_class.get(name, []))
+    return Samples.of([path for path, _ in pairs], [number for _, number in pairs])
 
 
 def list_prepared(folder: Place) -> Dataset:
     """What `plates prepare` packed, with its splits as they were made then."""
-    classes, rows = read_index(folder)
-    by_split: dict[str, list[Sample]] = defaultdict(list)
-    true_labels: dict[str, int] = {}
-    for path, name, split in sorted(rows[["path", "label", "split"]].itertuples(index=False, name=None)):
-        number = classes.index(name) if isinstance(name, str) else None
-        by_split[split].append(Sample(path, number if split != "test" else None))
-        if split == "test" and number is not None:
-            true_labels[path] = number
-    train, val, test = (tuple(by_split[split]) for split in ("train", "val", "test"))
-    return Dataset(ShardSource.of(folder, rows), classes, train, val, test, true_labels)
+    classes, index = read_index(folder)
+    numbers = index_in(index["label"], value_set=pa.array(classes, pa.string()))
+    whole = index.select(["path", "digest"]).add_column(1, "label", numbers)
+    train, val, test = (
+        Samples(whole.filter(equal(index["split"], split)).combine_chunks()) for split in ("train", "val", "test")
+    )
+    return Dataset(ShardSource(folder, index.drop_columns(["label", "split"])), classes, train, val, test)
 
 
 def list_synthetic(num_labelled: int, seed: int) -> Dataset:
-    """`num_labelled` drawings in train/ with the classes in turn, and as many again, unlabelled, in test/."""
+    """`num_labelled` drawings in train/ with the classes in turn, and as many again in test/."""
     classes = synthetic.CLASSES
     by_class: dict[str, list[str]] = {name: [] for name in classes}
     for index in range(num_labelled):
         name = classes[index % len(classes)]
         by_class[name].append(f"train/{name}/{index:06d}.png")
     train, val = split_every_sixth(by_class)
-    test = tuple(Sample(f"test/{index:06d}.png") for index in range(num_labelled, 2 * num_labelled))
-    true_labels = {sample.path: int(synthetic_identity(seed, sample.path)[1]) for sample in test}
-    return Dataset(SyntheticSource(seed), classes, label(train, classes), label(val, classes), test, true_labels)
+    test = sorted(f"test/{index:06d}.png" for index in range(num_labelled, 2 * num_labelled))
+    kept_aside = [int(synthetic_identity(seed, path)[1]) for path in test]
+    splits = (label(train, classes), label(val, classes), Samples.of(test, kept_aside))
+    return Dataset(SyntheticSource(seed), classes, *splits)
 
 
-def synthetic_identity(seed: int, path: str) -> tuple[int, bool]:
-    """(index, is_dirty) of a drawing; a test drawing's class is drawn from its index, not told by its path."""
-    pure = PurePosixPath(path)
-    index = int(pure.stem)
-    if pure.parts[0] == "test":
-        return index, bool(np.random.default_rng([seed, index, 1]).integers(2))
-    return index, pure.parts[1] == "dirty"
-
-
-def row_groups(source: Source, samples: Sequence[Sample]) -> Tensor:
+def row_groups(source: Source, samples: Samples) -> Tensor:
     """(N,) int64: the number of the group that each image is read with, 0 for all where each is read alone."""
     if not isinstance(source, ShardSource):
         return torch.zeros(len(samples), dtype=torch.int64)
-    numbers: dict[tuple[str, int], int] = {}
-    return torch.tensor(
-        [numbers.setdefault(source.rows[s.path][:2], len(numbers)) for s in samples], dtype=torch.int64
-    )
+    return torch.from_numpy(source.groups_of(samples.table["path"]))
 
 
-def check_samples(source: Source, split: str, samples: Sequence[Sample]) -> Iterator[str | Skipped]:
-    """Decodes each image once, in threads, and yields its content hash, or why it cannot be read."""
+def in_threads(look: Callable[[str], bytes], samples: Samples) -> Iterator[bytes | UnreadableImageError]:
+    """What is found at each path in turn, or why it cannot be read."""
 
-    def check(sample: Sample) -> str | Skipped:
+    def try_to(path: str) -> bytes | UnreadableImageError:
         try:
-            return source.check(sample.path)
+            return look(path)
         except UnreadableImageError as error:
-            return Skipped(sample.path, split, str(error))
+            return error
 
     # As many as by default, which counts a host's CPUs where its container has a share of them.
-    with ThreadPoolExecutor(min(32, joblib.cpu_count() + 4)) as pool:
-        yield from pool.map(check, samples)
+    with ThreadPoolExecutor(min(32, num_usable_cpus() + 4)) as pool:
+        for batch in samples.table.to_batches(max_chunksize=SAMPLES_PER_BATCH):
+            yield from pool.map(try_to, batch["path"].to_pylist())
 
 
-def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, list[Skipped], dict[str, str]]:
+def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, list[Skipped]]:
     """Decodes every labelled image once, before anything is trained.
 
-    Returns: the data set of the images that can be read, those that cannot, and content hashes by path.
+    Returns: the data set of the images that can be read, with their digests, and those that cannot.
 
     Raises: UserError as `leave_out` does.
     """
-    skipped, digests = [], {}
-    labelled = [("train", dataset.train), ("val", dataset.val)]
+    skipped: list[Skipped] = []
+    checked = {}
     with tqdm(total=len(dataset.train) + len(dataset.val), desc="checking", unit="image") as bar:
-        for split, samples in labelled:
-            for sample, outcome in zip(samples, check_samples(dataset.source, split, samples), strict=True):
+        for split, samples in (("train", dataset.train), ("val", dataset.val)):
+            digests: list[bytes | None] = []
+            for sample, found in zip(samples, in_threads(dataset.source.check, samples), strict=True):
                 bar.update()
-                if isinstance(outcome, Skipped):
-                    skipped.append(outcome)
-                else:
-                    digests[sample.path] = outcome
-    return leave_out(dataset, skipped, skip_unreadable), skipped, digests
+                is_read = isinstance(found, bytes)
+                digests.append(found if is_read else None)
+                skipped += [] if is_read else [Skipped(sample.path, split, str(found))]
+            checked[split] = samples.with_digests(digests)
+    return leave_out(replace(dataset, **checked), skipped, skip_unreadable), skipped
 
 
 def leave_out(dataset: Dataset, skipped: Sequence[Skipped], skip_unreadable: bool) -> Dataset:
@@ -288,9 +270,11 @@ def leave_out(dataset: Dataset, skipped: Sequence[Skipped], skip_unreadable: boo
             f"--data: {len(skipped)} images cannot be read ({named}{more}); mend them, or pass --skip-unreadable"
         )
     unreadable = {item.path for item in skipped}
-    train = tuple(sample for sample in dataset.train if sample.path not in unreadable)
-    val = tuple(sample for sample in dataset.val if sample.path not in unreadable)
-    counts = Counter(sample.label for sample in train)
+    train, val = (
+        samples.where([sample.path not in unreadable for sample in samples]) if unreadable else samples
+        for samples in (dataset.train, dataset.val)
+    )
+    counts = Counter(train.labels.tolist())
     for index, name in enumerate(dataset.classes):
         if not counts[index]:
             raise UserError(f"--data: no image of class {name} in the training split can be read")
@@ -301,20 +285,5 @@ def leave_out(dataset: Dataset, skipped: Sequence[Skipped], skip_unreadable: boo
 
 def merge_labelled(dataset: Dataset) -> Dataset:
     """Both splits with all labelled images: cross-validation draws its own splits."""
-    labelled = tuple(sorted((*dataset.train, *dataset.val), key=lambda sample: sample.path))
+    labelled = Samples(pa.concat_tables([dataset.train.table, dataset.val.table]).sort_by("path").combine_chunks())
     return replace(dataset, train=labelled, val=labelled)
-
-
-def image_ids(paths: Iterable[str]) -> list[str]:
-    """The stem of each path; where stems collide, the path without suffix; where those do, the path."""
-    listed = list(paths)
-    ids = [PurePosixPath(path).stem for path in listed]
-    for longer in (lambda path: PurePosixPath(path).with_suffix("").as_posix(), lambda path: path):
-        places = defaultdict(list)
-        for place, name in enumerate(ids):
-            places[name].append(place)
-        for group in places.values():
-            if len(group) > 1:
-                for place in group:
-                    ids[place] = longer(listed[place])
-    return ids

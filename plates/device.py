@@ -5,17 +5,27 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import joblib
 import torch
 from torch import Tensor, nn
 
 from plates.backbones import find_backbone
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_ABLE_FIRST = ("fp32", "fp16", "bf16")  # what every device of a group computes well is what the first one does
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 CPU_BATCH_SIZE = 32
 CUDA_BATCH_SIZE, CUDA_TRIAL_SIZE = 256, 8
 NUM_BEHIND = 2  # batches that a device is ahead of the host that reads its results
+
+
+def num_usable_cpus() -> int:
+    """CPUs that this process may run on and its container's share of them, at least 1.
+
+    A job's driver inherits OMP_NUM_THREADS=1, which says nothing of them.
+    """
+    return joblib.cpu_count()
 
 
 def set_up_process(device: torch.device, precision: str, num_threads: int) -> None:
@@ -101,11 +111,6 @@ def find_batch_size(module: nn.Module, picture: Tensor) -> int:
 def largest_batch(bytes_per_image: float, free_bytes: int) -> int:
     """The largest power of two that takes at most half of the free memory, 1 to 256."""
     return 1 << max(0, int(min(CUDA_BATCH_SIZE, free_bytes / 2 / bytes_per_image)).bit_length() - 1)
-
-
-def fits(values: Tensor, device: torch.device) -> bool:
-    """Whether the device has room for twice as much."""
-    return device.type != "cuda" or 2 * values.nbytes < torch.cuda.mem_get_info(device)[0]
 
 
 def move(values: Tensor, device: torch.device) -> Tensor:

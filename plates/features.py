@@ -1,142 +1,72 @@
-"""What a frozen trunk computes, computed once: shares of (view, image) pairs, stored by content."""
+"""What a frozen trunk computes, computed once: rows of features, each known by all that it follows from."""
 
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import distributions
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import platformdirs
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from plates import backbones, device, folding, images, model, transforms
-from plates.dataset import Sample, Source
+from plates.dataset import Samples
 from plates.device import DTYPES, find_batch_size, move, read_behind
 from plates.folding import fast_trunk
 from plates.images import UnreadableImageError, prefetch
 from plates.model import hash_weights
-from plates.rundir import write_whole
+from plates.sources import Source
 from plates.storage import Place, place_of
+from plates.store import KEY_TYPE
 from plates.timing import Pace
-from plates.transforms import Preprocessing, View, draw_view, eval_view, make_views, to_input
+from plates.transforms import Preprocessing, draw_view, eval_view, make_views, to_input
 
 # Whose code a feature follows from; the last is an extra.
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "torchcodec", "pillow_heif")
+EVAL = -1  # the number of the one view that validation and prediction see; those of training count from 0
 
 
-@dataclass(frozen=True)
-class Features:
-    """`train`: (V, N, F) float32, a layer a view; `val`: (M, F) float32; in the splits' order, memory-mapped."""
-
-    train: Tensor
-    val: Tensor
-
-
-def features_key(
-    digests: dict[str, str],
-    splits: tuple[Sequence[Sample], Sequence[Sample]],
-    weights: dict[str, Tensor],
-    preprocessing: Preprocessing,
-    described: dict[str, Any],
-) -> str:
-    """Hash of all that the features follow from: contents, paths, weights, preprocessing, seed, views, precision, and
-    the code that decodes, draws and computes."""
+def trunk_key(trunk: nn.Module, backbone: str, preprocessing: Preprocessing, precision: str, device_type: str) -> str:
+    """Hash of what all features of a trunk follow from: weights, preprocessing, precision, and the code that decodes,
+    draws and computes."""
     whole = {
         "code": [
             hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
             for module in (images, transforms, model, folding, backbones, device, sys.modules[__name__])
         ],
         "libraries": [[found.version for found in distributions(name=name)] for name in LIBRARIES],
-        "images": [[(sample.path, digests[sample.path]) for sample in samples] for samples in splits],
-        "weights": hash_weights(weights),
+        "weights": hash_weights(trunk.state_dict()),
+        "backbone": backbone,
         "preprocessing": preprocessing.to_dict(),
-        **described,
+        "precision": precision,
+        "device": device_type,
     }
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def row_keys(samples: Samples, views: Sequence[int], seed: int) -> pa.Array:
+    """(N * V,) keys of 16 bytes, the views of each image in turn.
+
+    The eval view follows from the image's bytes; one of training is drawn from the seed, its number and the path.
+    """
+    if list(views) == [EVAL]:
+        names = (digest.as_py() for digest in samples.table["digest"])
+    else:
+        columns = (samples.table[name].to_pylist() for name in ("digest", "path"))
+        names = (digest + f"/{seed}/{view}/{path}".encode() for digest, path in zip(*columns, strict=True)
+                 for view in views)  # fmt: skip
+    return pa.array((hashlib.blake2b(name, digest_size=16).digest() for name in names), KEY_TYPE)
 
 
 def cache_root() -> Place:
     """PLATES_CACHE, a path or a URI, else the user's cache folder; absolute, since workers run elsewhere."""
     return place_of("PLATES_CACHE", os.environ.get("PLATES_CACHE") or platformdirs.user_cache_dir("plates"))
-
-
-def load_features(path: Place, num_views: int, num_train: int, num_val: int) -> Features | None:
-    """Stored features; None where there are none, or not all rows."""
-    try:
-        rows = map_rows(path)
-    except (OSError, ValueError, EOFError):  # none, or a damaged file
-        return None
-    if len(rows) != num_views * num_train + num_val:
-        return None
-    return Features(*map(torch.from_numpy, split_rows(rows, num_views, num_train)))
-
-
-def map_rows(path: Place) -> np.ndarray:
-    """A stored array, memory-mapped, so that the system can take its memory back; of a URI, a passing copy is."""
-    if isinstance(path, Path):
-        return np.load(path, mmap_mode="c")  # copy on write, since torch knows no read-only tensors
-    with tempfile.NamedTemporaryFile() as copy, path.open() as stored:
-        shutil.copyfileobj(stored, copy)
-        copy.flush()
-        return np.load(copy.name, mmap_mode="c")
-
-
-def split_rows(rows: np.ndarray, num_views: int, num_train: int) -> tuple[np.ndarray, np.ndarray]:
-    """(V * N + M, F), the views' layers in turn and then the validation split, as (V, N, F) and (M, F)."""
-    cut = num_views * num_train
-    return rows[:cut].reshape(num_views, num_train, -1), rows[cut:]
-
-
-def save_features(path: Place, tables: Iterable[pa.Table], num_views: int, num_train: int, num_val: int) -> None:
-    """One array on the disk, filled from tables of parts as they come.
-
-    Raises: FileNotFoundError where the tables do not hold all images.
-    """
-    missing = set(range(num_train + num_val))
-
-    def fill(file: Path) -> None:
-        train = val = np.empty(0, np.float32)
-        for table in tables:
-            column = table["feature"].combine_chunks()
-            values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
-            if not train.size:
-                num_features = offsets[1] // (num_views if table["index"][0].as_py() < num_train else 1)
-                shape = (num_views * num_train + num_val, int(num_features))
-                rows = np.lib.format.open_memmap(file, "w+", np.float32, shape)
-                reserve(file, rows.offset)
-                train, val = split_rows(rows, num_views, num_train)
-            for index, start, end in zip(table["index"].to_pylist(), offsets, offsets[1:], strict=False):
-                if index < num_train:
-                    train[:, index] = values[start:end].reshape(num_views, -1)
-                else:
-                    val[index - num_train] = values[start:end]
-                missing.discard(index)
-        if missing:
-            raise FileNotFoundError(f"{path}: the features of {len(missing)} images are missing; run again")
-
-    write_whole(path, fill)
-
-
-def reserve(file: Path, start: int) -> None:
-    """Takes the room of a sparse file from `start` on: a full disk is an error here, a crash in a mapped file."""
-    size = file.stat().st_size
-    with file.open("r+b") as opened:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(opened.fileno(), start, size - start)
-        else:  # macOS
-            opened.seek(start)
-            while left := size - opened.tell():
-                opened.write(bytes(min(left, 1 << 20)))
 
 
 class FrozenTrunk:
@@ -165,59 +95,46 @@ class FrozenTrunk:
         return self.module(batch.to(self.dtype)).float()
 
 
-def compute_views(
-    trunk: FrozenTrunk, source: Source, samples: Iterable[Sample], seed: int, num_views: int
-) -> Iterator[Tensor]:
-    """Yields (V, F) features on the CPU of V drawn views of each sample in turn."""
-
-    def draw(path: str, height: int, width: int) -> list[View]:
-        return [draw_view(seed, index, path, height, width) for index in range(num_views)]
-
-    paths = (sample.path for sample in samples)
-    return forward_all(trunk, load_views(trunk, source, paths, draw, num_views))
-
-
-def compute_eval(
-    trunk: FrozenTrunk, source: Source, paths: Iterable[str], errors: dict[str, str] | None = None
-) -> Iterator[Tensor]:
-    """Yields (1, F) features on the CPU of the one eval view of each image in turn.
-
-    errors: where given, takes the reasons why images cannot be read; such an image yields no row, (0, F).
-    """
-
-    def choose(_: str, height: int, width: int) -> list[View]:
-        return [eval_view(trunk.preprocessing, height, width)]
-
-    return forward_all(trunk, load_views(trunk, source, paths, choose, 1, errors))
-
-
-def load_views(
+def compute_features(
     trunk: FrozenTrunk,
     source: Source,
-    paths: Iterable[str],
-    choose: Callable[[str, int, int], list[View]],
-    num_views: int,
+    wanted: Iterable[tuple[str, Sequence[int]]],
+    seed: int,
     errors: dict[str, str] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures (V, 3, S, S) uint8 on the device, and which to mirror (V,), of each image in turn.
+) -> Iterator[Tensor]:
+    """Yields (V, F) features on the CPU of each image in turn.
 
-    A thread ahead of the trunk decodes an image once and copies it to the device once; all its views are made there,
-    and it is dropped.
+    Args:
+        wanted: paths, and the numbers of the views wanted of each.
+        errors: where given, takes the reasons why images cannot be read; such an image yields no row, (0, F).
     """
-    size = trunk.preprocessing.image_size
 
-    def load(path: str) -> tuple[Tensor, Tensor]:
+    def load(one: tuple[str, Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Pictures (V, 3, S, S) uint8 on the device, and which to mirror (V,): a thread ahead of the trunk decodes an
+        image once and copies it once; all its views are made there, and it is dropped."""
+        path, numbers = one
         try:
             image = move(source.read(path), trunk.device)
         except UnreadableImageError as error:
             if errors is None:
                 raise
             errors[path] = str(error)
+            size = trunk.preprocessing.image_size
             return torch.empty((0, 3, size, size), dtype=torch.uint8, device=trunk.device), torch.empty(0) > 0
-        views = choose(path, *image.shape[1:])
+        height, width = image.shape[1:]
+        views = [
+            eval_view(trunk.preprocessing, height, width)
+            if number == EVAL
+            else draw_view(seed, number, path, height, width)
+            for number in numbers
+        ]
         return make_views(image, views, trunk.preprocessing), torch.tensor([view.is_flipped for view in views])
 
-    return prefetch(load, paths, num_ahead=2 + trunk.batch_size // num_views, device=trunk.device)
+    listed = iter(wanted)
+    first = next(listed, None)
+    if first is not None:
+        num_ahead = 2 + trunk.batch_size // len(first[1])
+        yield from forward_all(trunk, prefetch(load, chain([first], listed), num_ahead, trunk.device))
 
 
 def forward_all(trunk: FrozenTrunk, loaded: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:

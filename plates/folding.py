@@ -19,6 +19,7 @@ def fast_trunk(trunk: nn.Module, device: torch.device, dtype: torch.dtype, image
     if any(isinstance(module, nn.BatchNorm2d) for module in fast.modules()):
         folded = fold_batch_norm(copy.deepcopy(fast))
         batch = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        batch = batch.to(next(fast.parameters()).device)
         with torch.inference_mode():
             right, found = fast(batch), folded(batch)
         if (found - right).abs().max() <= FOLD_TOLERANCE * right.abs().max():

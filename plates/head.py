@@ -1,7 +1,7 @@
 """Linear heads on features, many at a time, by torch.optim's Adam and StepLR over a leading dimension."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, nan
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from plates.device import move
+from plates.device import CPU, move
+from plates.store import FeatureRows
 
 GROUPS_PER_WINDOW = 8
+BYTES_AT_ONCE = 4 << 20  # of features that are read for some steps ahead
 FIGURES = ("lr", "train/loss", "train/accuracy", "val/loss", "val/accuracy")
 
 
@@ -66,7 +68,7 @@ def make_optimizer(
 
 
 def fit_heads(
-    features: Tensor,
+    features: Tensor | FeatureRows,
     labels: Tensor,
     settings: Sequence[HeadSettings],
     initial: tuple[Tensor, Tensor],
@@ -76,11 +78,12 @@ def fit_heads(
     seed: int,
     groups: Tensor | None = None,
     evaluation: tuple[Tensor, Tensor] | None = None,
+    device: torch.device = CPU,
 ) -> Heads:
-    """Fits H heads side by side, where the features are, each to rounding as alone.
+    """Fits H heads side by side on a device, each to rounding as alone.
 
     Args:
-        features: (V, N, F) float32, one layer a view; epoch e uses view e modulo V.
+        features: (V, N, F) float32 on the CPU, one layer a view; epoch e uses view e modulo V.
         labels: (N,) int64.
         settings: H heads.
         initial: weight (C, F) and bias (C,) that every head starts from.
@@ -92,17 +95,20 @@ def fit_heads(
         num_steps = ceil(len(one.indices) / global_batch_size)
         alike[one.lr, one.step_size, one.gamma, num_steps].append(place)
     groups = torch.zeros(len(labels), dtype=torch.int64) if groups is None else groups
+    evaluation = evaluation and (evaluation[0].to(device), evaluation[1].to(device))
     fitted: list[tuple[Tensor, ...]] = []
     for (lr, step_size, gamma, _), places in alike.items():
         indices = [torch.tensor(settings[place].indices) for place in places]
-        weight, bias = (torch.nn.Parameter(value.repeat(len(places), *[1] * value.dim())) for value in initial)
+        weight, bias = (
+            torch.nn.Parameter(value.to(device).repeat(len(places), *[1] * value.dim())) for value in initial
+        )
         optimizer, scheduler = make_optimizer([weight, bias], lr, step_size, gamma)
         figures = []
         for epoch in range(epochs):
             orders = [one[epoch_order(seed, epoch, groups[one])] for one in indices]
-            batches = split_orders(orders, global_batch_size, features.device)
+            batches = load_batches(features, epoch % len(features), labels, orders, global_batch_size, device)
             lr = optimizer.param_groups[0]["lr"]
-            sums = fit_epoch(features[epoch % len(features)], labels, batches, weight, bias, optimizer)
+            sums = fit_epoch(batches, weight, bias, optimizer)
             scheduler.step()
             figures.append([torch.full_like(sums[0], lr), *sums, *score_heads(weight, bias, evaluation)])
         fitted.append((weight.detach(), bias.detach(), torch.stack([torch.stack(row, 1) for row in figures], 1)))
@@ -110,22 +116,34 @@ def fit_heads(
     return Heads(*(torch.cat(values).cpu()[order] for values in zip(*fitted, strict=True)))
 
 
-def split_orders(orders: list[Tensor], global_batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """An epoch's steps of H heads: indices (H, B), and their shares in the mean (H, B), 0 where a head has none."""
+def load_batches(
+    features: Tensor | FeatureRows,
+    view: int,
+    labels: Tensor,
+    orders: list[Tensor],
+    global_batch_size: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An epoch's steps of H heads on the device: features (H, B, F), labels (H, B), and their shares in the mean
+    (H, B), 0 where a head has no image; read from the stored features some steps at a time."""
     shape = (len(orders), max(map(len, orders)))
     indices, is_real = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     for row, order in enumerate(orders):
         indices[row, : len(order)] = order
         is_real[row, : len(order)] = 1
-    steps = zip(indices.split(global_batch_size, 1), is_real.split(global_batch_size, 1), strict=True)
-    return [(move(chosen, device), move(real / real.sum(1, keepdim=True), device)) for chosen, real in steps]
+    bytes_per_step = features[view, indices[:, :global_batch_size]].nbytes
+    num_at_once = global_batch_size * max(1, BYTES_AT_ONCE // bytes_per_step)
+    for start in range(0, shape[1], num_at_once):
+        places = slice(start, start + num_at_once)
+        chosen, real = indices[:, places], is_real[:, places].split(global_batch_size, 1)
+        shares = torch.cat([step / step.sum(1, keepdim=True) for step in real], 1)
+        loaded = (move(values, device) for values in (features[view, chosen], labels[chosen], shares))
+        yield from zip(*(values.split(global_batch_size, 1) for values in loaded), strict=True)
 
 
 @torch.no_grad()
 def fit_epoch(
-    features: Tensor,
-    labels: Tensor,
-    batches: list[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     weight: torch.nn.Parameter,
     bias: torch.nn.Parameter,
     optimizer: torch.optim.Optimizer,
@@ -134,9 +152,8 @@ def fit_epoch(
 
     The gradient of cross-entropy is written out: by autograd a sweep took 1.7 times as long (2 cores of an AMD EPYC).
     """
-    loss_sum, num_correct, num_images = (torch.zeros(len(weight), device=features.device) for _ in range(3))
-    for indices, share in batches:
-        inputs, targets = features[indices], labels[indices]  # (H, B, F), (H, B)
+    loss_sum, num_correct, num_images = (torch.zeros(len(weight), device=weight.device) for _ in range(3))
+    for inputs, targets, share in batches:
         logits = torch.baddbmm(bias[:, None], inputs, weight.mT)  # (H, B, C)
         errors = (logits.softmax(2) - one_hot(targets, logits.shape[2])) * share[:, :, None]
         weight.grad, bias.grad = errors.mT @ inputs, errors.sum(1)

@@ -119,5 +119,5 @@ def hash_weights(state: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, value in state.items():
         found.update(name.encode())
-        found.update(value.contiguous().numpy().tobytes())
+        found.update(value.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from plates.cluster import Plan, find_room
 from plates.config import UserError
-from plates.dataset import Dataset, Skipped, Source, UnreadableImageError, leave_out
-from plates.images import prefetch
+from plates.dataset import Dataset, Skipped, leave_out
+from plates.images import UnreadableImageError, prefetch
 from plates.rundir import write_json
 from plates.shards import FORMAT, IMAGES_PER_SHARD, INDEX_FILE, write_shard
+from plates.sources import Source
 from plates.storage import Place, remove_tree
 
 
@@ -57,13 +58,11 @@ def list_shards(dataset: Dataset) -> Iterator[pd.DataFrame]:
     A label of the test split is one that was kept aside, of drawn plates.
     """
     for split, samples in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
-        labels = dataset.true_test_labels if split == "test" else {s.path: s.label for s in samples}
         for place, start in enumerate(range(0, len(samples), IMAGES_PER_SHARD)):
-            paths = [sample.path for sample in samples[start : start + IMAGES_PER_SHARD]]
-            numbers = [labels.get(path) for path in paths]
-            names = [None if number is None else dataset.classes[number] for number in numbers]
-            shard = f"{split}-{place:05d}.parquet"
-            yield pd.DataFrame({"path": paths, "label": names, "split": split, "shard": shard})
+            part = [*samples[start : start + IMAGES_PER_SHARD]]
+            names = [None if sample.label is None else dataset.classes[sample.label] for sample in part]
+            columns = {"path": [sample.path for sample in part], "label": names, "split": split}
+            yield pd.DataFrame({**columns, "shard": f"{split}-{place:05d}.parquet"})
 
 
 def pack_shard(part: pd.DataFrame, source: Source, folder: Place) -> pd.DataFrame:
@@ -72,7 +71,7 @@ def pack_shard(part: pd.DataFrame, source: Source, folder: Place) -> pd.DataFram
 
     def load(row: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            return row | {"sha256": source.check(row["path"]), "image": source.read_bytes(row["path"])}
+            return row | {"sha256": source.check(row["path"]).hex(), "image": source.read_bytes(row["path"])}
         except UnreadableImageError as error:
             errors[row["path"]] = str(error)
 

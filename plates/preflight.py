@@ -14,9 +14,11 @@ import torch
 
 from plates.cluster import Plan, is_in_cluster, this_node
 from plates.config import UserError
-from plates.dataset import Dataset, Source, UnreadableImageError
+from plates.dataset import Dataset
 from plates.device import LEAST_ABLE_FIRST, best_precision, devices_here
+from plates.images import UnreadableImageError
 from plates.rundir import TRIAL_PREFIX, versions
+from plates.sources import Source
 from plates.storage import Place, remove_tree
 
 PROBE_S = 60.0  # torch may have to be imported first

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import joblib
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -17,8 +16,10 @@ from torchvision.transforms import v2
 
 from plates import metrics
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, NUM_PUBLISHED_EPOCHS
-from plates.dataset import Dataset, Sample, Skipped, Source, check_dataset, check_samples, load_dataset
+from plates.dataset import Dataset, Sample, check_dataset, in_threads, load_dataset
+from plates.device import num_usable_cpus
 from plates.model import Weights, build_classifier, preprocessing_of, set_trainable
+from plates.sources import Source
 from plates.timing import Pace, device_name, process_age_s, synchronize
 from plates.weights import resolve_weights
 
@@ -112,15 +113,14 @@ def time_published(
 
 def leave_out_unreadable(dataset: Dataset) -> tuple[Dataset, int]:
     """The data set as a run with --skip-unreadable sees it, and how many images that leaves out."""
-    readable, skipped, _ = check_dataset(dataset, skip_unreadable=True)
-    outcomes = check_samples(dataset.source, "test", dataset.test)
-    test = [sample for sample, found in zip(dataset.test, outcomes, strict=True) if not isinstance(found, Skipped)]
-    return replace(readable, test=tuple(test)), len(skipped) + len(dataset.test) - len(test)
+    readable, skipped = check_dataset(dataset, skip_unreadable=True)
+    is_read = [isinstance(found, bytes) for found in in_threads(dataset.source.check, dataset.test)]
+    return replace(readable, test=dataset.test.where(is_read)), len(skipped) + is_read.count(False)
 
 
 def main(argv: list[str]) -> int:
     settings, num_unreadable = json.loads(argv[0]), 0
-    torch.set_num_threads(joblib.cpu_count())  # all cores, also in a job, whose driver inherits OMP_NUM_THREADS=1
+    torch.set_num_threads(num_usable_cpus())
     device = torch.device(settings["device"])
     dataset = load_dataset(settings["data"], settings["seed"])
     if settings["skip_unreadable"]:

@@ -24,11 +24,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from plates.config import UserError
-from plates.storage import Place, UriPath, place_of
+from plates.storage import Place, UriPath, place_of, remove_tree
 
 CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
 TRIAL_PREFIX = ".plates-"  # of what a preflight writes, and cannot delete when it is killed
 STATE_FILE = ".state.safetensors"  # of unfinished training
+FEATURES_FOLDER = ".features"  # of a trunk that was trained, gone when the run is finished
 BEAT_S, STALE_S = 20.0, 60.0  # a driver on another machine that gave no sign for so long is taken to be gone
 
 
@@ -152,6 +153,7 @@ def write_results(
 def finish_run(run: Place) -> None:
     """Marks the run as finished: from now on it is never written again."""
     update_config(run, status="finished")
+    remove_tree(run / FEATURES_FOLDER)
     for name in (STATE_FILE, LOCK_FILE):
         (run / name).unlink(missing_ok=True)
     if isinstance(run, Path):

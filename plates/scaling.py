@@ -171,7 +171,7 @@ def read_run(run: Place, wall_s: float) -> dict[str, Any]:
         "num_epochs": described["epochs"],
         **phases,
         **described["timing"],
-        "teardown_s": wall_s - float(whole["total_s"]),
+        "teardown_s": wall_s - sum(phases.values()),
         "total_s": wall_s,
         "train_images_per_sec": float(whole["train_images_per_sec"]),
         "inference_images_per_sec": float(whole["inference_images_per_sec"]),

@@ -1,5 +1,6 @@
 """A data set packed into Parquet shards: encoded images in row groups that are read one at a time."""
 
+import bisect
 import functools
 import json
 import threading
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.compute import index_in  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
 from plates.config import UserError
@@ -28,30 +29,41 @@ SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in ("
 
 @dataclass(frozen=True)
 class ShardSource:
-    """Images of prepared shards, found by path in the index that the driver reads once."""
+    """Images of prepared shards, found in the index that the driver reads once.
+
+    `index`: a row an image, in path order: path, digest (32 bytes), shard, row_group and row.
+    """
 
     root: Place
-    rows: dict[str, tuple[str, int, int, str]]  # by path: shard, row group, row in it, content hash
+    index: pa.Table
 
-    @staticmethod
-    def of(root: Place, index: pd.DataFrame) -> "ShardSource":
-        columns = index[["shard", "row_group", "row", "sha256"]].itertuples(index=False, name=None)
-        return ShardSource(root, dict(zip(index["path"], columns, strict=True)))
+    def find(self, path: str) -> dict[str, Any]:
+        paths = self.index["path"].chunk(0)
+        place = bisect.bisect_left(paths, path, key=lambda scalar: scalar.as_py())
+        return {name: self.index[name][place].as_py() for name in self.index.column_names}
 
     def read(self, path: str) -> Tensor:
         """(3, H, W) uint8 RGB."""
         return decode(self.read_bytes(path))
 
     def read_bytes(self, path: str) -> bytes:
-        shard, number, row, _ = self.rows[path]
+        row = self.find(path)
         try:
-            return row_group(self.root / shard, number).read()[row].as_py()
+            return row_group(self.root / row["shard"], row["row_group"]).read()[row["row"]].as_py()
         except (OSError, pa.ArrowInvalid) as error:
-            raise UnreadableImageError(f"{shard}: {error}") from error
+            raise UnreadableImageError(f"{row['shard']}: {error}") from error
 
-    def check(self, path: str) -> str:
-        """The content hash that was stored when the image was decoded and packed."""
-        return self.rows[path][3]
+    def digest(self, path: str) -> bytes:
+        """As it was stored when the image was decoded and packed."""
+        return self.find(path)["digest"]
+
+    check = digest
+
+    def groups_of(self, paths: pa.ChunkedArray) -> np.ndarray:
+        """(N,) int64, the number of the row group that each image lies in."""
+        places = index_in(paths, value_set=self.index["path"])
+        found = self.index.select(["shard", "row_group"]).take(places).to_pandas()
+        return found.groupby(["shard", "row_group"], observed=True).ngroup().to_numpy(np.int64, copy=True)
 
 
 class RowGroup:
@@ -99,8 +111,8 @@ def write_shard(path: Place, rows: Iterable[dict[str, Any]]) -> None:
     write_whole(path, write)
 
 
-def read_index(folder: Place) -> tuple[tuple[str, ...], pd.DataFrame]:
-    """Classes, and a row an image: path, label, split, sha256, and where it lies; no image is read.
+def read_index(folder: Place) -> tuple[tuple[str, ...], pa.Table]:
+    """Classes, and a row an image, in path order: path, label, split, digest, and where it lies; no image is read.
 
     Raises: UserError where the folder is damaged or of another format.
     """
@@ -111,13 +123,17 @@ def read_index(folder: Place) -> tuple[tuple[str, ...], pd.DataFrame]:
         parts = []
         for shard in described["shards"]:
             with pq.ParquetFile((folder / shard).open("rb")) as file:
-                part = file.read(columns=["path", "label", "split", "sha256"]).to_pandas()
+                part = file.read(columns=["path", "label", "split", "sha256"])
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            where = {
-                "row_group": np.repeat(np.arange(len(sizes)), sizes),
-                "row": [row for size in sizes for row in range(size)],
+            digests = [bytes.fromhex(digest) for digest in part["sha256"].to_pylist()]
+            columns = {
+                "digest": pa.array(digests, pa.binary(32)),
+                "shard": pa.DictionaryArray.from_arrays(pa.array([0] * len(part), pa.int32()), [shard]),
+                "row_group": pa.array(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)),
+                "row": pa.array([row for size in sizes for row in range(size)], pa.int32()),
             }
-            parts.append(part.assign(shard=shard, **where))
-        return tuple(described["classes"]), pd.concat(parts, ignore_index=True)
+            parts.append(pa.table({**{name: part[name] for name in ("path", "label", "split")}, **columns}))
+        whole = pa.concat_tables(parts).unify_dictionaries()
+        return tuple(described["classes"]), whole.sort_by("path").combine_chunks()
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise UserError(f"--data {folder}: its shards are damaged ({error}); prepare it again") from error

@@ -107,48 +107,30 @@ def startup_and_pace(driver: Phases, trained: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def timing_table(
-    driver: Phases,
-    num_workers: int,
-    trained: list[dict[str, Any]],
-    predicted: list[dict[str, Any]],
-    num_predicted: int,
-) -> pd.DataFrame:
+def timing_table(driver: Phases, num_workers: int, workers: list[dict[str, Any]], num_predicted: int) -> pd.DataFrame:
     """The rows of timing.csv: the whole run, then one a worker.
 
-    The whole run's train_s and inference_s are those of its slowest worker; what the driver's "fit" and "inference"
-    phases took beyond that (workers coming and going) is start-up.
+    The whole run's start-up ends when its last worker enters the loop; train_s and inference_s are those of its
+    slowest worker. What total_s has beyond the parts is the group's end and the report.
 
     Args:
-        driver: the driver's phases: startup, data, fit, inference.
-        trained: by rank, what each worker of training measured, with the `num_train_images` that it computed in this
-            run, None where its seconds hold other work; empty where nothing was trained.
-        predicted: the same of the workers of prediction, which may be other processes: joined to those of training
-            on the same node and device, one to one.
+        driver: the driver's phases: startup, data.
+        workers: by rank, what each worker measured, with the `num_train_images` that it computed in this run, None
+            where its seconds hold other work.
         num_predicted: images of the test split.
     """
-    rows = [dict(row) for row in trained] or [{"rank": rank, **row} for rank, row in enumerate(predicted)]
-    left = list(predicted)
-    for row in rows:
-        places = [i for i, timing in enumerate(left) if all(timing[key] == row[key] for key in ("node", "device"))]
-        if places:
-            row |= {key: value for key, value in left.pop(places[0]).items() if key.startswith("inference")}
-    slowest = {
-        key: max((row.get(key, 0.0) for row in [*rows, *left]), default=0.0)
-        for key in ("data_s", "train_s", "inference_s")
-    }
-    counts: list[Any] = [row.get("num_train_images") for row in rows]
+    slowest = {key: max(row[key] for row in workers) for key in ("data_s", "train_s", "inference_s")}
+    counts = [row["num_train_images"] for row in workers]
     num_train_images = 0 if None in counts else sum(counts)
     seconds = driver.seconds
-    around_workers_s = seconds["fit"] + seconds["inference"] - sum(slowest.values())
     whole = {
-        **{key: rows[0].get(key) for key in ("device", "device_name")},
+        **{key: workers[0][key] for key in ("device", "device_name")},
         **slowest,
-        "startup_s": seconds["startup"] + around_workers_s,
+        "startup_s": seconds["startup"] + max(row["startup_s"] for row in workers),
         "data_s": seconds["data"] + slowest["data_s"],
         "total_s": process_age_s(),
         "train_images_per_sec": rate(num_train_images, slowest["train_s"]),
         "inference_images_per_sec": rate(num_predicted, slowest["inference_s"]),
     }
-    table = pd.DataFrame([whole, *rows]).assign(num_workers=num_workers).reindex(columns=TIMING_COLUMNS)
+    table = pd.DataFrame([whole, *workers]).assign(num_workers=num_workers).reindex(columns=TIMING_COLUMNS)
     return table.astype({"rank": "Int64"})

@@ -10,8 +10,9 @@ from torch.distributed import DistBackendError
 
 from plates.cluster import Plan, find_room, plural
 from plates.config import TrainConfig, UserError
-from plates.dataset import Dataset, UnreadableImageError
+from plates.dataset import Dataset
 from plates.features import cache_root
+from plates.images import UnreadableImageError
 from plates.model import Weights
 from plates.ray_private import ray_train_error, require, trainer_class
 from plates.storage import Place, remove_tree
@@ -29,14 +30,13 @@ COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 def make_task(
     config: TrainConfig,
     dataset: Dataset,
-    digests: dict[str, str],
     weights: Weights,
     preprocessing: Preprocessing,
     precision: str,
     run: Place,
 ) -> Task:
     """What the workers are told; start-up is counted from here."""
-    return Task(config, dataset, weights, preprocessing, precision, digests, cache_root(), run, time.time())
+    return Task(config, dataset, weights, preprocessing, precision, cache_root(), run, time.time())
 
 
 def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan) -> ResultT:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from plates.command import run_job
 from plates.config import EXIT_FAILED, JOB_CONFIGS, JobConfig, UserError
+from plates.ray_private import limit_requests, ray_version_of, require
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -56,6 +57,7 @@ def connect(address: str) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    require("ray.job_submission")
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}: must start with http:// or https://")
     logging.getLogger("ray").setLevel(logging.ERROR)  # each ignored file is a line
@@ -63,14 +65,14 @@ def connect(address: str) -> "JobSubmissionClient":
     try:
         requests.get(f"{address}/api/version", timeout=CONNECT_TIMEOUT_S)  # the client waits without a limit
         client = JobSubmissionClient(address)
+        limit_requests(client, REQUEST_TIMEOUT_S)
+        here, there = ray.__version__, ray_version_of(client)
     except AuthenticationError as error:
         reason = error.message.splitlines()[0].rstrip(".")
         todo = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
         raise UserError(f"--address {address}: {reason}; {todo}") from error
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
-    client._do_request = partial(client._do_request, timeout=REQUEST_TIMEOUT_S)
-    here, there = ray.__version__, str(client._server_ray_version)
     if here.split(".")[:2] != there.split(".")[:2]:
         raise UserError(f"--address {address}: the cluster runs Ray {there}, this machine {here}; install the same")
     return client

@@ -18,31 +18,31 @@ def train(config: TrainConfig) -> int:
     from plates.timing import startup_and_pace
     from plates.train_loop import draw_examples
     from plates.train_loop import train as train_on_worker
-    from plates.train_loop.group import labels_of
     from plates.trainer import run_loop
     from plates.weights import resolve_weights
 
     started = start(
         "train",
         config,
+        config.trainable,
         lambda: check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable),
         lambda: resolve_weights(config.backbone, config.weights, config.seed, config.image_size),
     )
     dataset, task = started.dataset, task_of(started, config)
-    with started.phases.measure("fit"):
-        trained = run_loop(train_on_worker, task, started.plan)
+    trained = run_loop(train_on_worker, task, started.plan)
     figures = {key: trained.history[-1][key] for key in ("train/loss", "train/accuracy")}
     if task.precision == "fp16":
         figures["train/num_skipped_steps"] = trained.num_skipped_steps
-    figures |= score(trained.val_logits, labels_of(dataset.val), dataset.classes, "val")
+    figures |= score(trained.val_logits, dataset.val.labels, dataset.classes, "val")
     info = {**started.resolved, "metrics": figures}
-    bundle = Bundle(task.weights.backbone, dataset.classes, task.preprocessing, trained.state, info)
-    save_bundle(started.run / "checkpoint", bundle)
+    save_bundle(
+        started.run / "checkpoint",
+        Bundle(task.weights.backbone, dataset.classes, task.preprocessing, trained.state, info),
+    )
     return finish(
         started,
-        bundle,
+        trained.predicted,
         figures,
-        timings=trained.timings,
         tables={"history.csv": pd.DataFrame(trained.history)},
         examples=draw_examples(dataset, task.preprocessing, config.seed),
         described={

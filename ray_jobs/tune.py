@@ -20,29 +20,30 @@ def tune(config: TuneConfig) -> int:
     from plates.weights import resolve_weights
 
     def load_data() -> LoadedData:
-        dataset, skipped, digests = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
+        dataset, skipped = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
         merged = merge_labelled(dataset)
         make_folds(merged.train, config)  # refuses what cannot be folded before anything is started
-        return merged, skipped, digests
+        return merged, skipped
 
     started = start(
         "tune",
         config,
+        config.trainable,
         load_data,
         lambda: resolve_weights(config.backbone, config.weights, config.seed, config.image_size),
     )
     dataset, task = started.dataset, task_of(started, config)
-    with started.phases.measure("fit"):
-        swept = run_sweep(task, make_folds(dataset.train, config), started.plan)
+    swept = run_sweep(task, make_folds(dataset.train, config), started.plan)
     figures = swept.figures | {key: float(swept.history[key].iloc[-1]) for key in ("train/loss", "train/accuracy")}
     info = {**started.resolved, "metrics": figures}
-    bundle = Bundle(task.weights.backbone, dataset.classes, task.preprocessing, swept.state, info)
-    save_bundle(started.run / "checkpoint", bundle)
+    save_bundle(
+        started.run / "checkpoint",
+        Bundle(task.weights.backbone, dataset.classes, task.preprocessing, swept.state, info),
+    )
     code = finish(
         started,
-        bundle,
+        swept.predicted,
         figures,
-        timings=swept.timings,
         tables={
             "trials.csv": swept.trials,
             "history.csv": swept.history,

@@ -3,11 +3,11 @@
 from typing import Any
 
 from plates.config import TuneConfig
-from plates.dataset import Sample
+from plates.dataset import Samples
 from plates.sweep.scores import TrialResult
 
 CONFIG = TuneConfig(epochs=5, folds=3, cv_repeats=2, num_trials=6)
-SAMPLES = [Sample(f"train/{i}.jpg", i % 2) for i in range(16)]
+SAMPLES = Samples.of([f"train/{i}.jpg" for i in range(16)], [i % 2 for i in range(16)])
 
 
 def made_up(log_loss: float, image_losses: list[float], **changes: Any) -> TrialResult:

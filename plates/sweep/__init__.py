@@ -10,14 +10,14 @@ from torch import Tensor
 
 from plates.cluster import Plan, find_room
 from plates.config import TuneConfig
+from plates.dataset import Samples
 from plates.head import HeadSettings, fit_heads
 from plates.sweep.head_trials import HeadSweep, run_head_trials
 from plates.sweep.scores import Folds, summarize, tabulate_trials
 from plates.sweep.training_trials import run_training_trials
 from plates.sweep.tuner import state_of
 from plates.train_loop import build_model, compute_features, train
-from plates.train_loop.group import labels_of
-from plates.train_loop.task import Task
+from plates.train_loop.task import Predicted, Task
 from plates.trainer import run_loop
 
 LR_RANGE, GAMMA_RANGE = (1e-4, 3e-2), (0.05, 1.0)
@@ -32,7 +32,7 @@ class Swept:
     state: dict[str, Tensor]
     history: pd.DataFrame
     baseline_history: pd.DataFrame
-    timings: list[dict[str, Any]]
+    predicted: Predicted  # by the winner
 
 
 def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
@@ -46,10 +46,10 @@ def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
 
 def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     config = cast(TuneConfig, task.config)
-    features, timings = run_loop(compute_features, task, plan)
+    features = run_loop(compute_features, task, plan)
     model = build_model(task)
     initial = (model.head.weight.detach(), model.head.bias.detach())
-    labels = labels_of(task.dataset.train)
+    labels = task.dataset.train.labels
     schedules = draw_schedules(config)
     start_s = time.perf_counter()
     sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config)
@@ -69,9 +69,10 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     )
     model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
     histories = [pd.DataFrame(heads.history(head)) for head in (0, 1)]
-    charge_trials(timings, timings[0]["train_s"] + time.perf_counter() - start_s)
+    predicted = Predicted(heads.logits(features.test)[0], features.errors, features.timings)
+    charge_trials(predicted, features.timings[0]["train_s"] + time.perf_counter() - start_s)
     figures = summarize(results, schedules, trials)
-    return Swept(trials, figures, model.state_dict(), histories[0], histories[1], timings)
+    return Swept(trials, figures, model.state_dict(), histories[0], histories[1], predicted)
 
 
 def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
@@ -83,21 +84,24 @@ def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
     winner = int(trials["is_winner"].to_numpy().argmax())
     retrained = {}
     for trial in {winner, 0}:
-        config, dataset = replace(task.config, **schedules[trial]), replace(task.dataset, val=())
+        test = task.dataset.test if trial == winner else Samples.of()
+        config, dataset = (
+            replace(task.config, **schedules[trial]), replace(task.dataset, val=Samples.of(), test=test)
+        )  # fmt: skip
         again = replace(
             task, config=config, dataset=dataset, run=state / f"retrained-{trial}", submitted_at=time.time()
         )
         retrained[trial] = run_loop(train, again, plan)
     best = retrained[winner]
-    charge_trials(best.timings, trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values()))
+    charge_trials(best.predicted, trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values()))
     histories = [pd.DataFrame(retrained[trial].history) for trial in (winner, 0)]
     figures = summarize(results, schedules, trials)
-    return Swept(trials, figures, best.state, histories[0], histories[1], best.timings)
+    return Swept(trials, figures, best.state, histories[0], histories[1], best.predicted)
 
 
-def charge_trials(timings: list[dict[str, Any]], train_s: float) -> None:
+def charge_trials(predicted: Predicted, train_s: float) -> None:
     """Rank 0 stands for the driver and its trials: seconds in which more was done than its images were computed."""
-    timings[0] |= {"train_s": train_s, "num_train_images": None}
+    predicted.timings[0] |= {"train_s": train_s, "num_train_images": None}
 
 
 def draw_schedules(config: TuneConfig) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from plates.config import TuneConfig, UserError
-from plates.dataset import Sample
+from plates.dataset import Samples
 
 CONFIDENCE = 0.95
 NUM_SEEDS = 2**32  # that scikit-learn takes
@@ -53,12 +53,12 @@ class TrialResult:
     nested_outer: list[list[list[float]]]
 
 
-def make_folds(samples: Sequence[Sample], config: TuneConfig) -> Folds:
+def make_folds(samples: Samples, config: TuneConfig) -> Folds:
     """Repeated stratified folds over the images (all views of an image are on one side), and nested ones.
 
     Raises: UserError where a class has fewer images than folds, or than the inner folds need.
     """
-    labels = np.array([sample.label for sample in samples])
+    labels = samples.labels.numpy()
     smallest = int(np.bincount(labels).min())
     most = smallest - -(-smallest // config.folds)  # the inner folds see all but one outer fold
     if config.folds > most:

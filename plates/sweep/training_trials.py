@@ -9,13 +9,13 @@ import numpy as np
 
 from plates.cluster import Node, Plan, list_nodes, plural, share_cpus, start_ray
 from plates.config import TuneConfig, UserError
+from plates.dataset import Samples
 from plates.ray_private import lasting_asha, require
 from plates.rundir import write_json
 from plates.storage import Place, remove_tree
 from plates.sweep.scores import Folds, Schedule, TrialResult, score_images, score_trial
 from plates.sweep.tuner import tune_all
 from plates.train_loop import train
-from plates.train_loop.group import labels_of
 from plates.train_loop.task import Task
 from plates.trainer import run_loop
 
@@ -101,12 +101,10 @@ def score_folds(task: Task, folds: Folds, schedule: Schedule, plan: Plan, folder
     for place, (kept, held) in enumerate(folds.repeated):
         file = folder / f"{place}.json"
         if not file.exists():
-            dataset = replace(
-                task.dataset, train=tuple(samples[i] for i in kept), val=tuple(samples[i] for i in held)
-            )
+            dataset = replace(task.dataset, train=samples.take(kept), val=samples.take(held), test=Samples.of())
             fold = replace(task, config=replace(task.config, **schedule), dataset=dataset, run=folder / f"{place}")
             logits = run_loop(train, fold, plan).val_logits
-            write_json(file, score_images(logits, labels_of(dataset.val)).tolist())
+            write_json(file, score_images(logits, dataset.val.labels).tolist())
             remove_tree(fold.run)
         scores = np.array(json.loads(file.read_text()), dtype=float)  # (2, n), null where infinite
         held_out.append(np.where(np.isnan(scores), np.inf, scores))

@@ -1,51 +1,134 @@
-"""What runs on each worker: the ways of training, and what the group hands back."""
+"""What runs on each worker, from the first image to the last prediction, and what the group hands back."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from plates.checkpoint import Bundle, rebuild_model
 from plates.cluster import this_node
 from plates.dataset import Dataset
 from plates.device import set_up_process
-from plates.features import Features
 from plates.model import Classifier, build_classifier
 from plates.timing import Phases, device_name, rate
 from plates.train_loop.end_to_end import train_end_to_end
-from plates.train_loop.frozen import shared_features, train_head
+from plates.train_loop.frozen import labelled_features, train_head
 from plates.train_loop.group import Worker, gather, shard
-from plates.train_loop.task import Task, Trained
+from plates.train_loop.shared import SharedFeatures
+from plates.train_loop.task import Predicted, Task, Trained
 from plates.transforms import Preprocessing, draw_view, to_picture, view_batch
 
 
+@dataclass(frozen=True)
+class Features:
+    """What many heads are fitted on: (V, N, F) of the training views, (M, F) of the validation split, (T, F) of the
+    test split, not a number where `errors` says by path why an image cannot be read; and one timing row a worker."""
+
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    errors: dict[str, str]
+    timings: list[dict[str, Any]]
+
+
+class Clock:
+    """A worker's seconds by phase."""
+
+    def __init__(self, task: Task, worker: Worker) -> None:
+        """Where a worker's work begins."""
+        self.worker = worker
+        self.startup_s = time.time() - task.submitted_at
+        set_up_process(worker.device, task.precision, worker.num_threads)
+        self.phases = Phases(worker.device)
+
+    def gather_rows(self, num_train_images: int, num_predicted: int) -> list[dict[str, Any]]:
+        """Each worker's row of timing.csv, and how many training images it computed, on rank 0; all take part."""
+        seconds, worker = self.phases.seconds, self.worker
+        return gather(
+            {
+                "rank": worker.rank,
+                "node": this_node(worker.is_ray),
+                "device": worker.device.type,
+                "device_name": device_name(worker.device),
+                "startup_s": self.startup_s,
+                **{f"{phase}_s": seconds[phase] for phase in ("data", "train", "inference")},
+                "train_images_per_sec": rate(num_train_images, seconds["train"]),
+                "inference_images_per_sec": rate(num_predicted, seconds["inference"]),
+                "num_train_images": num_train_images,
+                "steady_images_per_sec": worker.pace.steady_rate(),
+            }
+        )
+
+
 def train(task: Task, worker: Worker) -> Trained | None:
-    """Trains on one worker of the group. Every worker takes part; rank 0 returns the result, the others None."""
-    startup_s = time.time() - task.submitted_at
-    set_up_process(worker.device, task.precision, worker.num_threads)
-    phases = Phases(worker.device)
+    """Trains, and predicts the test split, on one worker of the group. Every worker takes part; rank 0 returns the
+    result, the others None."""
+    clock = Clock(task, worker)
     model = build_model(task)
-    way = train_head if task.config.trainable == "head" else train_end_to_end
-    fitted = way(task, worker, model, phases)
-    timings = gather(time_worker(worker, startup_s, phases, fitted.num_images))
-    if worker.rank:
+    if task.config.trainable == "head":
+        shared = SharedFeatures(task, worker, model.trunk)
+        with clock.phases.measure("train"):
+            fitted = train_head(task, worker, model, shared)
+    else:
+        fitted = train_end_to_end(task, worker, model, clock.phases)
+        shared = SharedFeatures(task, worker, model.trunk, is_trained=True)
+    predicted = predict_test(task, clock, model, shared, fitted.num_images)
+    if predicted is None or fitted.val_logits is None:
         return None
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     return Trained(
-        state, fitted.history, fitted.val_logits, timings, fitted.has_reused_features, fitted.num_skipped_steps
+        state, fitted.history, fitted.val_logits, predicted, fitted.has_reused_features, fitted.num_skipped_steps
     )
 
 
-def compute_features(task: Task, worker: Worker) -> tuple[Features, list[dict[str, Any]]] | None:
-    """The trunk's features alone, for many heads; rank 0 returns them, and a timing row a worker."""
-    startup_s = time.time() - task.submitted_at
-    set_up_process(worker.device, task.precision, worker.num_threads)
-    phases = Phases(worker.device)
-    model = build_model(task)
-    with phases.measure("train"):
-        features, _ = shared_features(task, worker, model)
-    num_images = len(shard(task.dataset.train, worker)) * (task.config.num_views or task.config.epochs)
-    timings = gather(time_worker(worker, startup_s, phases, num_images))
-    return (features, timings) if features is not None else None
+def predict(bundle: Bundle, task: Task, worker: Worker) -> Predicted | None:
+    """Predicts the test split with a bundle's model; rank 0 returns the result, the others None."""
+    clock = Clock(task, worker)
+    model = rebuild_model(bundle)
+    shared = SharedFeatures(task, worker, model.trunk, is_trained=task.config.trainable != "head")
+    return predict_test(task, clock, model, shared, 0)
+
+
+def compute_features(task: Task, worker: Worker) -> Features | None:
+    """The trunk's features alone, for many heads; rank 0 returns them."""
+    clock = Clock(task, worker)
+    shared = SharedFeatures(task, worker, build_model(task).trunk)
+    with clock.phases.measure("train"):
+        train, val, _ = labelled_features(task, shared)
+    num_before = shared.num_computed
+    with clock.phases.measure("inference"):
+        stored, is_read = shared.complete_test()
+        test = shared.on_rank_0(stored)
+    num_images = len(shard(range(len(task.dataset.train)), worker)) * (task.config.num_views or task.config.epochs)
+    timings = clock.gather_rows(num_images, shared.num_computed - num_before)
+    if train is None or val is None or test is None:
+        return None
+    num_features = val[:1].shape[1]
+    return Features(train[:], val[:], spread(test[:], is_read, num_features), shared.errors, timings)
+
+
+def predict_test(
+    task: Task, clock: Clock, model: Classifier, shared: SharedFeatures, num_train_images: int
+) -> Predicted | None:
+    """The last part of every loop: the test split through the trunk, each worker its share, and the head on it."""
+    num_before = shared.num_computed
+    with clock.phases.measure("inference"):
+        stored, is_read = shared.complete_test()
+        logits = shared.logits(model.head, stored)
+    timings = clock.gather_rows(num_train_images, shared.num_computed - num_before)
+    if logits is None:
+        return None
+    return Predicted(spread(logits, is_read, model.head.out_features), shared.errors, timings)
+
+
+def spread(rows: Tensor, is_read: np.ndarray, num_columns: int) -> Tensor:
+    """(N, num_columns): a row for each image that was read, in turn, and not a number for the others."""
+    whole = torch.full((len(is_read), num_columns), torch.nan)
+    whole[torch.from_numpy(is_read)] = rows
+    return whole
 
 
 def build_model(task: Task) -> Classifier:
@@ -54,29 +137,13 @@ def build_model(task: Task) -> Classifier:
     return build_classifier(weights.backbone, weights.state, len(task.dataset.classes), task.config.seed, size)
 
 
-def time_worker(worker: Worker, startup_s: float, phases: Phases, num_images: int) -> dict[str, Any]:
-    """This worker's row of timing.csv, without its prediction; and how many training images it computed."""
-    return {
-        "rank": worker.rank,
-        "node": this_node(worker.is_ray),
-        "device": worker.device.type,
-        "device_name": device_name(worker.device),
-        "startup_s": startup_s,
-        "data_s": phases.seconds["data"],
-        "train_s": phases.seconds["train"],
-        "train_images_per_sec": rate(num_images, phases.seconds["train"]),
-        "num_train_images": num_images,
-        "steady_images_per_sec": worker.pace.steady_rate(),
-    }
-
-
 def draw_examples(
     dataset: Dataset, preprocessing: Preprocessing, seed: int, num_examples: int = 16
 ) -> list[tuple[np.ndarray, str]]:
     """First views of training images spread over the split: (S, S, 3) uint8 as the model sees them, class name."""
     step = max(1, len(dataset.train) // num_examples)
     examples = []
-    for sample in dataset.train[::step][:num_examples]:
+    for sample in dataset.train[: step * num_examples : step]:
         image = dataset.source.read(sample.path)
         view = draw_view(seed, 0, sample.path, image.shape[1], image.shape[2])
         model_input = view_batch([image], [view], preprocessing)[0]

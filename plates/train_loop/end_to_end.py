@@ -11,11 +11,12 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from plates import metrics
-from plates.dataset import Sample, Source, row_groups
+from plates.dataset import Sample, row_groups
 from plates.device import DTYPES, move
 from plates.head import FIGURES, epoch_order, make_optimizer
 from plates.images import prefetch
 from plates.model import Classifier, set_trainable
+from plates.sources import Source
 from plates.timing import Phases
 from plates.train_loop.group import (
     Worker,
@@ -23,7 +24,6 @@ from plates.train_loop.group import (
     batch_share,
     gather,
     interleave,
-    labels_of,
     progress,
     shard,
     tell_left,
@@ -104,7 +104,7 @@ def train_epochs(
     groups, num_images = row_groups(dataset.source, dataset.train), 0
     forward = sum_gradients(model) if dist.is_initialized() else model
     epochs = range(len(state.history), config.epochs)
-    tell_left(task.run, len(epochs), worker)
+    tell_left(task.run, len(epochs) + len(dataset.test), worker)
     for epoch in progress(epochs, len(epochs), "training", "epoch", worker):
         lr, num_taken = optimizer.param_groups[0]["lr"], state.num_taken_steps()
         sums, num_steps = torch.zeros(3, dtype=torch.float64, device=worker.device), 0
@@ -126,7 +126,7 @@ def train_epochs(
             logger.warning("epoch %d: all steps overflowed in fp16 and were skipped; use bf16 or fp32", epoch)
         scheduler.step()
         val_logits = evaluate(task, worker, model, cache)
-        val_labels = move(labels_of(shard(dataset.val, worker)), worker.device)
+        val_labels = move(dataset.val.labels[shard(range(len(dataset.val)), worker)], worker.device)
         val_sums = metrics.batch_sums(val_logits, val_labels)
         figures = chain(*(metrics.divide(all_reduce_sum(found)) for found in (sums, val_sums)))
         state.add_epoch({"epoch": epoch, **dict(zip(FIGURES, (lr, *figures), strict=True))}, num_skipped)
@@ -159,7 +159,7 @@ def train_batches(
 
     A worker without images in a batch gets B = 0, and takes part with a loss of zero.
     """
-    config, samples = task.config, task.dataset.train
+    config, samples, labels = task.config, task.dataset.train, task.dataset.train.labels
     view_index = epoch % (config.num_views or config.epochs)
 
     def load(index: int) -> tuple[Tensor, View]:
@@ -173,8 +173,7 @@ def train_batches(
     loaded = prefetch(load, chain(*shares), num_ahead=2 * len(shares[0]), device=worker.device)
     for whole, mine in zip(batches, shares, strict=True):
         inputs = join(list(islice(loaded, len(mine))), task, worker)
-        labels = labels_of([samples[index] for index in mine])
-        yield inputs, move(labels, worker.device), len(whole)
+        yield inputs, move(labels[mine], worker.device), len(whole)
 
 
 def join(loaded: Sequence[tuple[Tensor, View]], task: Task, worker: Worker) -> Tensor:
@@ -191,12 +190,12 @@ def join(loaded: Sequence[tuple[Tensor, View]], task: Task, worker: Worker) -> T
 def evaluate(task: Task, worker: Worker, model: Classifier, cache: ImageCache) -> Tensor:
     """(n, C) logits on the device of this worker's share of the validation images."""
 
-    def load(sample: Sample) -> tuple[Tensor, View]:
-        image = cache.read(sample.path)
+    def load(place: int) -> tuple[Tensor, View]:
+        image = cache.read(task.dataset.val[place].path)
         view = eval_view(task.preprocessing, *image.shape[1:])
         return make_views(image, [view], task.preprocessing), view
 
-    mine = shard(task.dataset.val, worker)
+    mine = shard(range(len(task.dataset.val)), worker)
     loaded = prefetch(load, mine, num_ahead=2 * EVAL_BATCH_SIZE_PER_WORKER, device=worker.device)
     logits = [torch.zeros((0, model.head.out_features), device=worker.device)]
     while batch := list(islice(loaded, EVAL_BATCH_SIZE_PER_WORKER)):

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from plates.dataset import Sample
 from plates.ray_private import progress_bar
 from plates.storage import Place
 from plates.timing import Pace
@@ -66,11 +65,6 @@ def interleave(shards: Sequence[Tensor], worker: Worker) -> Tensor:
     for rank, part in enumerate(shards):
         whole[shard(range(len(whole)), replace(worker, rank=rank))] = part
     return whole
-
-
-def labels_of(samples: Sequence[Sample]) -> Tensor:
-    """(n,) int64."""
-    return torch.tensor([sample.label for sample in samples], dtype=torch.int64)
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from plates.config import TrainConfig
-from plates.dataset import Dataset
+from plates.dataset import SAMPLES_PER_BATCH, Dataset
 from plates.model import Weights, hash_weights
 from plates.rundir import versions
 from plates.storage import Place
@@ -28,7 +28,6 @@ class Task:
     weights: Weights
     preprocessing: Preprocessing
     precision: str  # fp32, bf16 or fp16, of the whole group
-    digests: dict[str, str]
     cache_root: Place
     run: Place
     submitted_at: float
@@ -37,10 +36,14 @@ class Task:
 def task_key(task: Task) -> str:
     """Hash of what a task's result follows from: settings, labelled images and weights by content, versions. What was
     stored under one key is never joined to work under another."""
-    labelled = (task.dataset.train, task.dataset.val)
+    images = hashlib.sha256()
+    for samples in (task.dataset.train, task.dataset.val):
+        for batch in samples.table.to_batches(max_chunksize=SAMPLES_PER_BATCH):
+            images.update(repr(batch.to_pydict()).encode())
+        images.update(b"end of split")
     whole = {
         "settings": {name: value for name, value in asdict(task.config).items() if name not in NO_RESULT},
-        "images": [[(s.path, s.label, task.digests[s.path]) for s in samples] for samples in labelled],
+        "images": images.hexdigest(),
         "backbone": task.weights.backbone,
         "weights": hash_weights(task.weights.state),
         "preprocessing": task.preprocessing.to_dict(),
@@ -55,19 +58,33 @@ class Fitted:
     """What a way of training gives, with the model's weights set: history and logits on rank 0."""
 
     history: list[dict[str, float]]
-    val_logits: Tensor
+    val_logits: Tensor | None
     num_images: int
     has_reused_features: bool = False
     num_skipped_steps: int = 0
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """The test split in its order: (N, C) logits on the CPU, not a number where `errors` says by path why an image
+    cannot be read; and one timing row a worker."""
+
+    logits: Tensor
+    errors: dict[str, str]
+    timings: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Trained:
-    """What rank 0 hands back: tensors on the CPU, one history row an epoch, one timing row a worker."""
+    """What rank 0 hands back: tensors on the CPU, one history row an epoch; the timing rows are in `predicted`."""
 
     state: dict[str, Tensor]
     history: list[dict[str, float]]
     val_logits: Tensor
-    timings: list[dict[str, Any]]
+    predicted: Predicted
     has_reused_features: bool
     num_skipped_steps: int
+
+    @property
+    def timings(self) -> list[dict[str, Any]]:
+        return self.predicted.timings

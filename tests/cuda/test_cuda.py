@@ -12,15 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import CONFIG, train_on
+from test_train import CONFIG, predict_on, train_on
 
-from plates.checkpoint import Bundle
-from plates.cluster import Plan, list_nodes, num_usable_cpus, plan_workers, start_ray
+from plates.cluster import Plan, list_nodes, plan_workers, start_ray
 from plates.config import TrainConfig
-from plates.dataset import load_dataset
-from plates.device import best_precision, decide_precision, devices_here
+from plates.device import num_usable_cpus
 from plates.model import preprocessing_of
-from plates.predict import predict
 from plates.train_loop import train
 from plates.train_loop.task import Trained
 from plates.transforms import draw_view, eval_view, make_views
@@ -104,17 +101,14 @@ def test_losses_follow_those_of_the_cpu_in_fp32(where, way, precision, on_cpu, t
 
 @cuda
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
-def test_predictions_are_those_of_the_cpu(precision, on_cpu):
+@pytest.mark.parametrize("way", LR)
+def test_predictions_are_those_of_the_cpu(way, precision, on_cpu, tmp_path):
     """On every GPU, to the probabilities' tolerance of the precision."""
-    dataset = load_dataset(DRAWN.data, 0)
-    state, preprocessing = on_cpu["head"].state, preprocessing_of("resnet18", DRAWN.image_size)
-    bundle = Bundle("resnet18", dataset.classes, preprocessing, state, {})
-    expected = predict(bundle, dataset.source, dataset.test, plan_for("this process", "cpu"), "fp32").table
-    best = decide_precision(precision, "resnet18", "cuda", [best_precision(gpu) for gpu in devices_here("cuda")])
     for where in ("this process", "all GPUs"):
-        table = predict(bundle, dataset.source, dataset.test, plan_for(where, "cuda"), best).table
-        assert list(table["path"]) == list(expected["path"])
-        assert abs(table["p_dirty"] - expected["p_dirty"]).max() < (1e-3 if precision == "fp32" else 0.05)
+        plan = plan_for(where, "cuda")
+        found = predict_on(plan, drawn(way, precision), on_cpu[way].state, tmp_path / plan.reason)
+        differences = found.logits.softmax(1) - on_cpu[way].predicted.logits.softmax(1)
+        assert differences.abs().max() < (1e-3 if precision == "fp32" else 0.05)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=CUDA)])

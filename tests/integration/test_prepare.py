@@ -76,7 +76,7 @@ def test_an_epoch_reads_each_row_group_about_once(world_size, tmp_path, monkeypa
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", count)
     dataset = load_dataset(str(packed), 0)
     config = replace(CONFIG, data=str(packed), image_size=32, global_batch_size=8)
-    task = make_task(config, dataset, {}, resolve_weights("resnet18", "none", 0), PREPROCESSING, "fp32", tmp_path)
+    task = make_task(config, dataset, resolve_weights("resnet18", "none", 0), PREPROCESSING, "fp32", tmp_path)
     order = epoch_order(0, 0, row_groups(dataset.source, dataset.train)).tolist()
     for rank in range(world_size):
         shards.row_group.cache_clear()

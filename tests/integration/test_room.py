@@ -26,7 +26,7 @@ TWO = Plan(2, "cpu", 1, "test")
 @pytest.fixture
 def hold_cpus(local_ray):
     """Takes CPUs as another job would, for some seconds."""
-    holders = []
+    holders, timers = [], []
 
     @ray.remote
     class Holder:
@@ -35,9 +35,12 @@ def hold_cpus(local_ray):
     def hold(time_s: float, num_cpus: int = 2) -> None:
         holders.append(Holder.options(num_cpus=num_cpus).remote())
         ray.get(holders[0].hold.remote())
-        threading.Timer(time_s, ray.kill, holders).start()
+        timers.append(threading.Timer(time_s, ray.kill, holders))
+        timers[0].start()
 
     yield hold
+    for timer in timers:  # one that outlives Ray would start it again
+        timer.cancel()
     for holder in holders:
         ray.kill(holder)
 
@@ -66,7 +69,7 @@ def test_trials_of_heads_wait_for_room_too(hold_cpus, tmp_path, monkeypatch, cap
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweep, "run_loop", run_and_lose_room)
-    monkeypatch.setattr("plates.job.predict", end)
+    monkeypatch.setattr("plates.job.tabulate_predictions", end)
     flags = ["--data", "synthetic:12", "--backbone", "resnet18", "--weights", "none", "--image-size", "32"]
     flags += ["--epochs", "1", "--folds", "2", "--cv-repeats", "1", "--num-trials", "2", "--num-workers", "1"]
     assert tune.main([*flags, "--out", str(tmp_path / "run")]) == 1

@@ -17,13 +17,14 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from test_features import run_beside
-from test_train import CONFIG, assert_same
+from test_train import CONFIG, assert_same, train_on
 
 from plates import storage
 from plates.cluster import Plan
 from plates.dataset import load_dataset
 from plates.preflight import probe_nodes
 from plates.rundir import find_run, write_whole
+from plates.sources import FolderSource
 from plates.storage import UriPath, place_of
 from ray_jobs import predict, train, tune
 
@@ -84,15 +85,14 @@ def test_a_run_from_s3_to_s3_is_the_run_on_this_disk(folder, bucket, tmp_path, m
     assert "testing-secret" not in said.out + said.err
 
 
-@pytest.mark.parametrize("stale_s", [60, -1], ids=["at work", "taken for cut off"])
-def test_two_runs_of_the_same_features_in_s3_both_end_right(stale_s, folder, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr("plates.parts.STALE_S", stale_s)
-    cache = f"{bucket}/shared-cache{stale_s}"
-    monkeypatch.setenv("PLATES_CACHE", cache)
-    first, second, (stored, left) = run_beside(replace(CONFIG, data=str(folder)), tmp_path, monkeypatch)
-    assert left == (stored if stale_s > 0 else [])
+def test_two_runs_of_the_same_features_in_s3_both_end_right(folder, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLATES_CACHE", f"{bucket}/shared-cache")
+    config = replace(CONFIG, data=str(folder))
+    first, second = run_beside(config, tmp_path, monkeypatch)
     assert_same(first, second, tolerance=1e-6)
-    assert [place.suffix for place in walk(UriPath(cache))] == [".npy"]
+    assert all(place.suffix == ".arrow" for place in walk(UriPath(f"{bucket}/shared-cache")))
+    monkeypatch.setattr(FolderSource, "read", None)  # a third one reads no image again
+    assert_same(first, train_on(0, config, tmp_path / "c"), tolerance=1e-6)
 
 
 def walk(place: UriPath) -> Iterator[UriPath]:

@@ -45,7 +45,7 @@ def test_a_sweep_writes_all_its_files(tmp_path, local_ray, capsys):
     assert not (run / ".ray_tune").exists()
 
 
-def test_a_sweep_cut_off_while_predicting_keeps_its_trials_unless_labels_changed(
+def test_a_sweep_cut_off_after_its_trials_keeps_its_trials_unless_labels_changed(
     tmp_path, folder, monkeypatch, local_ray
 ):
     """Its baseline diverges, too: that is stored, resumed and shown as infinitely bad."""
@@ -60,7 +60,7 @@ def test_a_sweep_cut_off_while_predicting_keeps_its_trials_unless_labels_changed
         return texts | {"figures": json.loads((run / "checkpoint" / "model.json").read_text())["metrics"]}
 
     with monkeypatch.context() as broken:
-        broken.setattr("plates.job.predict", cut_off)
+        broken.setattr("plates.job.tabulate_predictions", cut_off)
         assert tune_job.main([*flags, str(run)]) == 1
         before = stored()
         assert len(before) == 4 + 1

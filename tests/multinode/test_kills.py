@@ -42,7 +42,7 @@ def start_run(out: Path, flags: list[str], num_workers: int) -> subprocess.Popen
 
 
 def find_workers(*names: str) -> list[psutil.Process]:
-    """Processes of Ray actors of these names on this test's own cluster, of training and of prediction."""
+    """Processes of Ray actors of these names on this test's own cluster."""
     mine = psutil.Process().children(recursive=True)
     return [p for p in mine if any(name in " ".join(cmdline(p)) for name in names)]
 
@@ -135,7 +135,7 @@ def test_ctrl_c_ends_a_run_on_ray(phase, cluster, tmp_path):
 @pytest.mark.parametrize("flags", [HEAD, LAYER4], ids=["head", "layer4"])
 def test_kills_at_random_moments(flags, cluster, tmp_path):
     """$PLATES_NUM_KILLS kills (10) for each way of training, over as many runs as that takes: every second one of a
-    worker of training or prediction, the others of a node, whose replacement has come before.
+    worker, the others of a node, whose replacement has come before.
 
     The undisturbed run has as many workers: with another number sums are rounded in another order, which Adam's first
     steps on layer4 blow up to 2e-3 of a probability.
@@ -144,16 +144,15 @@ def test_kills_at_random_moments(flags, cluster, tmp_path):
     assert start_run(undisturbed, flags, 2).wait(400) == 0
     num_kills, num_runs = 0, 0
     draw = random.Random(os.environ.get("PLATES_KILLS_SEED", "0"))
-    names = ("ray::RayTrainWorker", "ray::MapWorker")
     while num_kills < int(os.environ.get("PLATES_NUM_KILLS", "10")):
         out = tmp_path / f"run{num_runs}"
         run = start_run(out, flags, 2)
         watchdog = threading.Timer(600, run.send_signal, [signal.SIGKILL])
         watchdog.start()
         for _ in range(3):
-            wait_for_worker(run, *names)
+            wait_for_worker(run, "ray::RayTrainWorker")
             time.sleep(draw.uniform(0, 12))
-            found = find_workers(*names)
+            found = find_workers("ray::RayTrainWorker")
             if run.poll() is None and found:
                 if num_kills % 2:
                     node = draw.choice(list(cluster.worker_nodes))

@@ -90,7 +90,7 @@ def test_preflight_names_the_node_and_what_it_cannot_do(other_machine, folder, t
 
 def test_a_node_of_other_versions_or_without_the_folder_is_refused(tmp_path):
     """The probe itself, as it runs on a node; only a real second machine has another disk."""
-    from plates.dataset import FolderSource
+    from plates.sources import FolderSource
 
     mine = preflight.versions()
     probe = preflight.probe_node(

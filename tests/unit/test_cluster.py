@@ -20,6 +20,7 @@ from plates import cluster
 from plates.address import check_address
 from plates.cluster import Node, Plan, plan_job, plan_workers
 from plates.config import UserError
+from plates.device import num_usable_cpus
 
 HEAD = Node(num_cpus=0, num_gpus=0)
 
@@ -202,4 +203,4 @@ def test_a_containers_share_of_the_cpus_is_kept(files, expected, monkeypatch):
     )
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    assert cluster.num_usable_cpus() == expected
+    assert num_usable_cpus() == expected

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from plates.checkpoint import Bundle, build_model, load_bundle, save_bundle
+from plates.checkpoint import Bundle, load_bundle, rebuild_model, save_bundle
 from plates.config import TrainConfig, UserError
 from plates.device import DTYPES
 from plates.folding import fast_trunk, fold_batch_norm
@@ -31,7 +31,7 @@ def test_a_bundle_alone_is_enough_to_predict(tmp_path):
     loaded = load_bundle(tmp_path)
     assert (loaded.classes, loaded.preprocessing, loaded.info["seed"]) == (("a", "b"), preprocessing, 1)
     images = torch.randn(2, 3, 64, 64)
-    again = build_model(loaded)
+    again = rebuild_model(loaded)
     assert torch.allclose(again(images), classifier(images), atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from plates.sweep.scores import TrialResult, make_folds, paired_difference, scor
 
 def make_sweep() -> HeadSweep:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.tensor([sample.label for sample in SAMPLES])
+    labels = SAMPLES.labels
     val = torch.randn(16, 6, generator=generator) + labels[:, None] * 0.8
     train = val + 0.1 * torch.randn(5, 16, 6, generator=generator)
     initial = (torch.zeros(2, 6), torch.zeros(2))

@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 import torch
 from made_up_trials import CONFIG, SAMPLES
+from ray import cloudpickle
 from ray.tune.experiment import Trial
+from torch.nn.functional import one_hot
 
 from plates.cluster import Node, Plan
 from plates.config import TuneConfig, UserError
-from plates.dataset import Dataset, SyntheticSource
+from plates.dataset import Dataset, Samples
 from plates.model import Weights
+from plates.ray_private import lasting_asha
+from plates.sources import SyntheticSource
 from plates.sweep import draw_schedules, training_trials
-from plates.sweep.asha import LastingASHA
 from plates.sweep.scores import make_folds
 from plates.sweep.tuner import state_of
-from plates.train_loop.task import Task, Trained, task_key
+from plates.train_loop.task import Predicted, Task, Trained, task_key
 from plates.transforms import Preprocessing
 
 
@@ -31,37 +34,44 @@ def test_the_schedule_asked_for_is_trial_0_and_the_others_lie_in_range():
     assert np.median([s["lr"] for s in schedules]) < 5e-3, "lr is drawn log-uniformly"
 
 
-def train_fold(val_logits: list[torch.Tensor]) -> Any:
-    """Stands for a Ray Train run: the validation logits of the folds, in turn."""
+def train_fold(factors: list[float]) -> Any:
+    """Stands for a Ray Train run: validation logits that are right, times a factor, of the folds in turn."""
     return lambda loop, task, plan: Trained(
-        {}, [], val_logits.pop(0), [], has_reused_features=False, num_skipped_steps=0
+        {},
+        [],
+        one_hot(task.dataset.val.labels, 2) * 9 * factors.pop(0),
+        Predicted(torch.empty(0, 2), {}, []),
+        has_reused_features=False,
+        num_skipped_steps=0,
     )
 
 
 def make_task(run: Path, config: TuneConfig = CONFIG) -> Task:
-    samples = tuple(SAMPLES)
-    dataset = Dataset(SyntheticSource(0), ("a", "b"), samples, samples, ())
+    samples = SAMPLES.with_digests([bytes([i] * 32) for i in range(len(SAMPLES))])
+    dataset = Dataset(SyntheticSource(0), ("a", "b"), samples, samples, Samples.of())
     weights = Weights("resnet18", {"layer": torch.ones(2)}, "file", "asked for")
-    digests = {sample.path: str(i) for i, sample in enumerate(samples)}
     return Task(
         config,
         dataset,
         weights,
         Preprocessing(image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         "fp32",
-        digests,
         run,
         run,
         0.0,
     )
 
 
+def with_another_image(dataset: Dataset) -> Dataset:
+    """Of the same path."""
+    digests = dataset.train.table["digest"].to_pylist()
+    return replace(dataset, train=dataset.train.with_digests([b"x" * 32, *digests[1:]]))
+
+
 def test_a_diverged_fold_is_infinitely_bad_for_a_trial_that_trains_the_trunk(tmp_path, monkeypatch):
     task = make_task(tmp_path, replace(CONFIG, folds=2, cv_repeats=2))
     folds = make_folds(task.dataset.train, task.config)
-    good = torch.tensor([[9.0, 0.0], [0.0, 9.0]] * 4)
-    monkeypatch.setattr(training_trials, "run_loop", train_fold([good, good * float("nan"), good, good]))
-    monkeypatch.setattr(training_trials, "labels_of", lambda samples: torch.tensor([0, 1] * 4))
+    monkeypatch.setattr(training_trials, "run_loop", train_fold([1.0, float("nan"), 1.0, 1.0]))
     plan = Plan(1, "cpu", 1, "")
     results = list(training_trials.score_folds(task, folds, {"lr": 1.0}, plan, tmp_path / "state"))
     assert [len(result.fold_log_losses) for result in results] == [1, 2, 3, 4]
@@ -74,10 +84,12 @@ def test_a_diverged_fold_is_infinitely_bad_for_a_trial_that_trains_the_trunk(tmp
 def test_the_state_of_a_sweep_is_that_of_the_same_images_labels_weights_and_settings(tmp_path):
     task = make_task(tmp_path)
     key = task_key(task)
-    relabelled = tuple(replace(sample, label=1 - (sample.label or 0)) for sample in SAMPLES)
+    train = task.dataset.train
+    relabelled = Samples.of(train.table["path"].to_pylist(), (1 - train.labels).tolist())
+    relabelled = relabelled.with_digests(train.table["digest"].to_pylist())
     for change in (
         {"dataset": replace(task.dataset, train=relabelled)},
-        {"digests": {**task.digests, "train/0.jpg": "other"}},
+        {"dataset": with_another_image(task.dataset)},
         {"weights": replace(task.weights, state={"layer": torch.zeros(2)})},
         {"weights": replace(task.weights, backbone="efficientnet_lite0")},
         {"preprocessing": replace(task.preprocessing, image_size=96)},
@@ -100,7 +112,7 @@ def test_state_of_other_images_is_removed_and_that_of_the_same_is_kept(tmp_path,
     assert state_of(replace(task, config=replace(CONFIG, out=str(tmp_path)))) == state
     assert (state / "tuner.pkl").exists()
     assert capsys.readouterr().out == ""
-    other = state_of(replace(task, digests={**task.digests, "train/0.jpg": "other"}))
+    other = state_of(replace(task, dataset=with_another_image(task.dataset)))
     assert other != state
     assert not state.exists()
     assert "starting again" in capsys.readouterr().out
@@ -110,12 +122,11 @@ def test_a_folds_state_is_gone_once_its_score_is_known_and_the_score_is_not_comp
     task = make_task(tmp_path, replace(CONFIG, folds=2, cv_repeats=1))
     folds = make_folds(task.dataset.train, task.config)
     state, plan = tmp_path / "state", Plan(1, "cpu", 1, "")
-    logits = torch.tensor([[9.0, 0.0], [0.0, 3.0]] * 4)
 
     def train_and_store(loop, fold, plan):
         fold.run.mkdir(parents=True)
         (fold.run / "large").write_bytes(b"state")
-        return train_fold([logits])(loop, fold, plan)
+        return train_fold([1.0])(loop, fold, plan)
 
     monkeypatch.setattr(training_trials, "run_loop", train_and_store)
     whole = []
@@ -169,7 +180,8 @@ def test_more_cpus_for_a_trial_than_there_are_is_one_line():
 
 @pytest.mark.parametrize(("score", "decision"), [(0.9, "STOP"), (0.3, "CONTINUE")])
 def test_asha_compares_with_trials_that_ended_before_the_sweep_was_cut_off(score, decision):
-    scheduler = LastingASHA(metric="score", mode="min", max_t=4, grace_period=2, reduction_factor=2)
+    scheduler = lasting_asha(metric="score", mode="min", max_t=4, grace_period=2, reduction_factor=2)
+    scheduler = cloudpickle.loads(cloudpickle.dumps(scheduler))  # as Tune keeps it for a sweep that is cut off
     trials = [Trial("trial", stub=True) for _ in range(3)]
     trials[0].update_last_result({"training_iteration": 4, "score": 0.5, "scores": [0.7, 0.6, 0.5, 0.5]})
     trials[1].update_last_result({"training_iteration": 2, "score": 0.8, "scores": [0.8, 0.8]})

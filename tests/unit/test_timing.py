@@ -7,47 +7,32 @@ from plates.timing import NUM_WARM_UP_IMAGES, Pace, Phases, startup_and_pace, ti
 
 
 def trained(rank: int, node: str, num_images: int | None = 100, train_s: float = 10.0) -> dict[str, Any]:
-    return {"rank": rank, "node": node, "device": "cpu", "device_name": "CPU", "startup_s": 1.0, "data_s": 0.5,
-            "train_s": train_s, "train_images_per_sec": 1.0, "num_train_images": num_images}  # fmt: skip
+    return {"rank": rank, "node": node, "device": "cpu", "device_name": "CPU", "startup_s": 1.0 + rank, "data_s": 0.5,
+            "train_s": train_s, "inference_s": 2.0 + rank, "train_images_per_sec": 1.0,
+            "inference_images_per_sec": 4.0, "num_train_images": num_images}  # fmt: skip
 
 
-def predicted(node: str, inference_s: float, device: str = "cpu") -> dict[str, Any]:
-    return {"node": node, "device": device, "device_name": "CPU", "inference_s": inference_s,
-            "inference_images_per_sec": 8 / inference_s}  # fmt: skip
-
-
-def test_prediction_is_joined_to_training_by_node_and_device_whatever_the_order():
-    table = timing_table(
-        Phases(),
-        4,
-        [trained(0, "b"), trained(1, "a"), trained(2, "b"), trained(3, "c")],
-        [predicted("a", 1.0), predicted("b", 2.0), predicted("b", 3.0), predicted("c", 4.0, "cuda")],
-        num_predicted=32,
-    )
-    by_node = table.iloc[1:].groupby("node")["inference_s"].apply(lambda column: sorted(column.dropna()))
-    assert by_node.to_dict() == {"a": [1.0], "b": [2.0, 3.0], "c": []}
+def test_the_run_takes_as_long_as_its_slowest_worker():
+    driver = Phases()
+    driver.seconds.update(startup=4.0, data=1.0)
+    table = timing_table(driver, 2, [trained(0, "a", train_s=20.0), trained(1, "b")], num_predicted=32)
     whole = table.iloc[0]
-    assert whole["inference_s"] == 4.0, "the slowest predicted where nothing was trained"
-    assert whole["inference_images_per_sec"] == pytest.approx(8.0)
+    assert (whole["train_s"], whole["inference_s"], whole["data_s"]) == (20.0, 3.0, 1.5)
+    assert whole["startup_s"] == 4.0 + 2.0, "until the last of them is there"
+    assert whole["inference_images_per_sec"] == pytest.approx(32 / 3.0)
+    assert table["rank"].tolist()[1:] == [0, 1]
 
 
 def test_the_rate_of_a_run_is_of_the_images_that_its_workers_computed():
     """As after a cut: one had a tenth of its epochs left."""
-    table = timing_table(Phases(), 2, [trained(0, "a", 30, 10.0), trained(1, "a", 20, 5.0)], [], num_predicted=0)
+    table = timing_table(Phases(), 2, [trained(0, "a", 30, 10.0), trained(1, "a", 20, 5.0)], num_predicted=0)
     assert table["train_images_per_sec"].tolist()[0] == pytest.approx(5.0)
     assert "num_train_images" not in table
 
 
 def test_seconds_that_hold_the_trials_of_a_sweep_give_no_rate():
-    table = timing_table(Phases(), 2, [trained(0, "a", None, 10.0), trained(1, "a")], [], num_predicted=0)
+    table = timing_table(Phases(), 2, [trained(0, "a", None, 10.0), trained(1, "a")], num_predicted=0)
     assert table["train_images_per_sec"].isna().tolist() == [True, False, False]
-
-
-def test_where_nothing_was_trained_the_workers_of_prediction_are_the_rows():
-    table = timing_table(Phases(), 2, [], [predicted("a", 1.0), predicted("a", 2.0)], num_predicted=16)
-    assert table["rank"].tolist()[1:] == [0, 1]
-    assert table["inference_s"].tolist() == [2.0, 1.0, 2.0]
-    assert table["train_images_per_sec"].isna().all()
 
 
 @pytest.mark.parametrize("batch", [1, 32, 34, 256])

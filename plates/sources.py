@@ -1,0 +1,96 @@
+"""Where the pixels of a data set are: folders of images, prepared shards, drawings."""
+
+import functools
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from plates import synthetic
+from plates.images import UnreadableImageError, decode
+from plates.storage import Place
+
+
+class Source(Protocol):
+    """Where the pixels are; small, and sent to every worker."""
+
+    def read(self, path: str) -> Tensor:
+        """(3, H, W) uint8 RGB. Raises: UnreadableImageError."""
+        ...
+
+    def read_bytes(self, path: str) -> bytes:
+        """The encoded image. Raises: UnreadableImageError."""
+        ...
+
+    def digest(self, path: str) -> bytes:
+        """The SHA-256 of what `read` decodes, 32 bytes. Raises: UnreadableImageError."""
+        ...
+
+    def check(self, path: str) -> bytes:
+        """The same, once it is sure that `read` will succeed. Raises: UnreadableImageError."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    root: Place
+
+    def read(self, path: str) -> Tensor:
+        return decode(self.read_bytes(path))
+
+    def digest(self, path: str) -> bytes:
+        return hashlib.sha256(self.read_bytes(path)).digest()
+
+    def check(self, path: str) -> bytes:
+        data = self.read_bytes(path)
+        decode(data)
+        return hashlib.sha256(data).digest()
+
+    def read_bytes(self, path: str) -> bytes:
+        try:
+            return (self.root / path).read_bytes()
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and "\\x" in path:  # as find_images shows it
+                raise UnreadableImageError("its name is not UTF-8; rename it") from error
+            raise UnreadableImageError(error.strerror or str(error)) from error
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    seed: int
+
+    def read(self, path: str) -> Tensor:
+        index, is_dirty = synthetic_identity(self.seed, path)
+        return torch.from_numpy(synthetic.draw_plate(self.seed, index, is_dirty)).permute(2, 0, 1)
+
+    def read_bytes(self, path: str) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(self.read(path).permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def digest(self, path: str) -> bytes:
+        """A drawing follows from the drawing program, its libraries, the seed and the path; nothing is drawn here."""
+        key = f"{drawing_program()}/{Image.__version__}/{np.__version__}/{self.seed}/{path}"
+        return hashlib.sha256(key.encode()).digest()
+
+    check = digest
+
+
+@functools.cache
+def drawing_program() -> str:
+    return hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
+
+
+def synthetic_identity(seed: int, path: str) -> tuple[int, bool]:
+    """(index, is_dirty) of a drawing; a test drawing's class is drawn from its index, not told by its path."""
+    pure = PurePosixPath(path)
+    index = int(pure.stem)
+    if pure.parts[0] == "test":
+        return index, bool(np.random.default_rng([seed, index, 1]).integers(2))
+    return index, pure.parts[1] == "dirty"

@@ -1,0 +1,153 @@
+"""Features that a group of workers computes together: found in the store, else computed, each worker its share."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from plates.dataset import Samples, in_threads
+from plates.features import EVAL, FrozenTrunk, compute_features, row_keys, trunk_key
+from plates.rundir import FEATURES_FOLDER
+from plates.store import BYTES_PER_PART, FeatureRows, FeatureStore
+from plates.train_loop.group import Worker, all_gather, broadcast, gather, progress, shard, tell_left
+from plates.train_loop.task import Task
+
+ROWS_AT_ONCE = 4096  # through the head
+MAX_TRIES = 3  # to have all rows, where parts are damaged or somebody deletes them
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows that some worker can read: their keys (n,), the rank that hands each in (n,), and whether any of them was
+    stored before."""
+
+    keys: pa.Array
+    ranks: np.ndarray
+    is_reused: bool
+
+    def of_rank(self, rank: int) -> tuple[np.ndarray, pa.Array]:
+        """Places and keys of the rows that it hands in."""
+        places = np.flatnonzero(self.ranks == rank)
+        return places, self.keys.take(pa.array(places))
+
+
+class SharedFeatures:
+    """The features of a trunk, stored in the cache, or, where it was trained, in a folder that goes with the run."""
+
+    def __init__(self, task: Task, worker: Worker, trunk: nn.Module, *, is_trained: bool = False) -> None:
+        described = (task.weights.backbone, task.preprocessing, task.precision, worker.device.type)
+        key = broadcast(trunk_key(trunk, *described) if worker.rank == 0 else "")
+        self.task, self.worker, self.trunk = task, worker, trunk
+        self.store = FeatureStore((task.run / FEATURES_FOLDER if is_trained else task.cache_root / "features") / key)
+        self.fast_trunk: FrozenTrunk | None = None  # made when there is something to compute
+        self.errors: dict[str, str] = {}  # by path why images of the test split cannot be read, alike on all workers
+        self.num_computed = 0  # images, by this worker
+
+    def complete(
+        self,
+        samples: Samples,
+        views: Sequence[int],
+        description: str = "",
+        *,
+        num_later: int = 0,
+        may_fail: bool = False,
+    ) -> StoredRows:
+        """Computes what no worker has stored; every worker takes part.
+
+        Args:
+            views: their numbers; the rows are those of each image in turn.
+            description: of the progress bar.
+            num_later: images that are to be computed after these.
+            may_fail: an image that cannot be read has no row, which none hands in, and its reason is in `errors`.
+        """
+        keys, is_reused = row_keys(samples, views, self.task.config.seed), None
+        for _ in range(MAX_TRIES + 1):
+            ranks = np.full(len(keys), -1)
+            for rank, bits in enumerate(all_gather(np.packbits(self.store.find(keys) >= 0))):
+                ranks[(ranks < 0) & np.unpackbits(bits, count=len(keys)).astype(bool)] = rank
+            is_reused = bool((ranks >= 0).any()) if is_reused is None else is_reused
+            missing = (ranks < 0).reshape(len(samples), len(views))
+            if self.errors:
+                missing[[sample.path in self.errors for sample in samples]] = False
+            places = np.flatnonzero(missing.any(1)).tolist()
+            tell_left(self.task.run, len(places) + num_later, self.worker)
+            if not places:
+                return StoredRows(keys, ranks, is_reused)
+            mine = shard(places, self.worker)
+            wanted = ((samples[place].path, [views[view] for view in np.flatnonzero(missing[place]).tolist()])
+                      for place in mine)  # fmt: skip
+            rows = self.compute(wanted, may_fail) if mine else iter(())
+            shown = progress(rows, len(mine), description, "image", self.worker) if description else rows
+            for place, computed in zip(mine, shown, strict=True):
+                for view, row in zip(np.flatnonzero(missing[place]).tolist(), computed, strict=bool(len(computed))):
+                    self.store.add(keys[place * len(views) + view].as_py(), row)
+            self.store.flush()
+            for errors in all_gather(self.errors):
+                self.errors |= errors
+        raise FileNotFoundError(f"{self.store.folder}: features cannot be stored and read back; run again")
+
+    def compute(self, wanted: Iterable[tuple[str, Sequence[int]]], may_fail: bool) -> Iterator[Tensor]:
+        """(V, F) of each path and its views; (0, F) of an image that may fail and does."""
+        if self.fast_trunk is None:
+            device, precision, pace = self.worker.device, self.task.precision, self.worker.pace
+            self.fast_trunk = FrozenTrunk(self.trunk, self.task.preprocessing, device, precision, pace)
+        source, seed, errors = self.task.dataset.source, self.task.config.seed, self.errors if may_fail else None
+        for rows in compute_features(self.fast_trunk, source, wanted, seed, errors):
+            self.num_computed += len(rows) > 0
+            yield rows
+
+    def complete_test(self) -> tuple[StoredRows, np.ndarray]:
+        """Completes the test split, whose images nobody has looked at yet: each worker hashes a share of them first.
+
+        Returns: the rows of the images that can be read, and (N,) which these are.
+        """
+        samples, worker = self.task.dataset.test, self.worker
+        shares = [shard(range(len(samples)), replace(worker, rank=rank)) for rank in range(worker.world_size)]
+        mine = in_threads(self.task.dataset.source.digest, samples.take(shares[worker.rank]))
+        digests: list[bytes | None] = [None] * len(samples)
+        for places, found in zip(shares, all_gather([*mine]), strict=True):
+            for place, digest in zip(places, found, strict=True):
+                if isinstance(digest, bytes):
+                    digests[place] = digest
+                else:
+                    self.errors[samples[place].path] = str(digest)
+        is_hashed = np.array([digest is not None for digest in digests], bool)
+        hashed = samples.with_digests(digests).where(is_hashed.tolist())
+        stored = self.complete(hashed, [EVAL], "predicting", may_fail=True)
+        has_row = stored.ranks >= 0
+        is_read = is_hashed.copy()
+        is_read[is_hashed] = has_row
+        keys = stored.keys.take(pa.array(np.flatnonzero(has_row)))
+        return replace(stored, keys=keys, ranks=stored.ranks[has_row]), is_read
+
+    def on_rank_0(self, stored: StoredRows) -> FeatureRows | None:
+        """The rows, on rank 0; every worker takes part. What lies in the caches of other nodes alone is sent, a part
+        at a time, and stored there, too."""
+        rank = self.worker.rank
+        if (stored.ranks > 0).any():
+            _, keys = stored.of_rank(rank) if rank else (None, stored.keys[:0])
+            rows = self.store.rows(keys)
+            num_at_once = max(1, BYTES_PER_PART // max(1, rows[:1].nbytes))
+            starts = range(0, len(keys), num_at_once)
+            for turn in range(max(all_gather(len(starts)))):
+                part = slice(turn * num_at_once, (turn + 1) * num_at_once)
+                for names, values in gather((keys[part], rows[part])):
+                    if len(names):
+                        self.store.write(names, values)
+        return None if rank else self.store.rows(stored.keys)
+
+    def logits(self, head: nn.Linear, stored: StoredRows) -> Tensor | None:
+        """(n, C) of the rows, on rank 0. Every worker takes part, with those that it hands in."""
+        places, keys = stored.of_rank(self.worker.rank)
+        rows = self.store.rows(keys)
+        weight, bias = head.weight.detach().cpu(), head.bias.detach().cpu()
+        slices = (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(keys), ROWS_AT_ONCE))
+        found = [linear(rows[part], weight, bias) for part in slices]
+        logits = torch.empty(len(stored.keys), len(bias))
+        for where, values in gather((places, torch.cat([bias.new_empty(0, len(bias)), *found]))):
+            logits[torch.from_numpy(where)] = values
+        return None if self.worker.rank else logits

@@ -26,9 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from plates.dataset import Sample
 from plates.device import CUDA_BATCH_SIZE
-from plates.features import compute_views
+from plates.features import compute_features
 from plates.images import decode
 from plates.model import preprocessing_of
 from plates.synthetic import draw_plate
@@ -75,7 +74,7 @@ def measure(photo: Photo, num_views: int, is_device_way: bool) -> float:
     with patch("plates.features.move", lambda values, device: values.clone() if is_device_way else values), patch(
         "plates.features.make_views", launch_views if is_device_way else make_views
     ):  # fmt: skip
-        rows = compute_views(NoTrunk(), photo, repeat(Sample("a.jpg")), 0, num_views)  # pyright: ignore
+        rows = compute_features(NoTrunk(), photo, repeat(("a.jpg", range(num_views))), 0)  # pyright: ignore
         next(rows)
         start_s, count = time.perf_counter(), 0
         while time.perf_counter() - start_s < SECONDS_PER_MEASUREMENT or count < CUDA_BATCH_SIZE // num_views:

@@ -25,7 +25,7 @@ from torch import Tensor
 from plates.config import TrainConfig
 from plates.dataset import Dataset, load_dataset
 from plates.device import best_precision, set_up_process
-from plates.features import FrozenTrunk, compute_eval
+from plates.features import EVAL, FrozenTrunk, compute_features
 from plates.model import build_classifier, preprocessing_of, set_trainable
 from plates.train_loop.end_to_end import ImageCache, train_epochs
 from plates.train_loop.group import Worker
@@ -41,7 +41,7 @@ class MemorySource:
     """Decoded images."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.images = {sample.path: dataset.source.read(sample.path) for sample in dataset.train + dataset.val}
+        self.images = {sample.path: dataset.source.read(sample.path) for sample in (*dataset.train, *dataset.val)}
 
     def read(self, path: str) -> Tensor:
         return self.images[path]
@@ -83,10 +83,10 @@ def speeds(packed: Path, run_folder: Path, order: list[str]) -> dict[str, float]
         model = build_classifier("resnet18", weights.state, 2, 0)
         trunk = FrozenTrunk(model.trunk, preprocessing, CPU, precision)
         start_s = time.perf_counter()
-        assert len(list(compute_eval(trunk, data.source, [s.path for s in data.train]))) == len(data.train)
+        wanted = [(sample.path, [EVAL]) for sample in data.train]
+        assert len(list(compute_features(trunk, data.source, wanted, 0))) == len(wanted)
         measured[f"head {name}"] = len(data.train) / (time.perf_counter() - start_s)
-        task = make_task(config, data, dict.fromkeys((s.path for s in data.train + data.val), ""), weights,
-                         preprocessing, precision, run_folder / name)  # fmt: skip
+        task = make_task(config, data, weights, preprocessing, precision, run_folder / name)
         model = build_classifier("resnet18", weights.state, 2, 0)
         parameters = set_trainable(model.to(memory_format=torch.channels_last), "layer4")
         start_s = time.perf_counter()

@@ -44,7 +44,9 @@ class Clock:
         set_up_process(worker.device, task.precision, worker.num_threads)
         self.phases = Phases(worker.device)
 
-    def gather_rows(self, num_train_images: int, num_predicted: int) -> list[dict[str, Any]]:
+    def gather_rows(
+        self, num_train_images: int, num_predicted: int, steady_rate: float | None
+    ) -> list[dict[str, Any]]:
         """Each worker's row of timing.csv, and how many training images it computed, on rank 0; all take part."""
         seconds, worker = self.phases.seconds, self.worker
         return gather(
@@ -58,7 +60,7 @@ class Clock:
                 "train_images_per_sec": rate(num_train_images, seconds["train"]),
                 "inference_images_per_sec": rate(num_predicted, seconds["inference"]),
                 "num_train_images": num_train_images,
-                "steady_images_per_sec": worker.pace.steady_rate(),
+                "steady_images_per_sec": steady_rate,
             }
         )
 
@@ -98,12 +100,12 @@ def compute_features(task: Task, worker: Worker) -> Features | None:
     shared = SharedFeatures(task, worker, build_model(task).trunk)
     with clock.phases.measure("train"):
         train, val, _ = labelled_features(task, shared)
-    num_before = shared.num_computed
+    num_before, steady_rate = shared.num_computed, worker.pace.steady_rate()
     with clock.phases.measure("inference"):
         stored, is_read = shared.complete_test()
         test = shared.on_rank_0(stored)
     num_images = len(shard(range(len(task.dataset.train)), worker)) * (task.config.num_views or task.config.epochs)
-    timings = clock.gather_rows(num_images, shared.num_computed - num_before)
+    timings = clock.gather_rows(num_images, shared.num_computed - num_before, steady_rate)
     if train is None or val is None or test is None:
         return None
     num_features = val[:1].shape[1]
@@ -114,11 +116,11 @@ def predict_test(
     task: Task, clock: Clock, model: Classifier, shared: SharedFeatures, num_train_images: int
 ) -> Predicted | None:
     """The last part of every loop: the test split through the trunk, each worker its share, and the head on it."""
-    num_before = shared.num_computed
+    num_before, steady_rate = shared.num_computed, clock.worker.pace.steady_rate()  # of training alone
     with clock.phases.measure("inference"):
         stored, is_read = shared.complete_test()
         logits = shared.logits(model.head, stored)
-    timings = clock.gather_rows(num_train_images, shared.num_computed - num_before)
+    timings = clock.gather_rows(num_train_images, shared.num_computed - num_before, steady_rate)
     if logits is None:
         return None
     return Predicted(spread(logits, is_read, model.head.out_features), shared.errors, timings)
@@ -127,7 +129,8 @@ def predict_test(
 def spread(rows: Tensor, is_read: np.ndarray, num_columns: int) -> Tensor:
     """(N, num_columns): a row for each image that was read, in turn, and not a number for the others."""
     whole = torch.full((len(is_read), num_columns), torch.nan)
-    whole[torch.from_numpy(is_read)] = rows
+    if len(rows):  # none has no columns
+        whole[torch.from_numpy(is_read)] = rows
     return whole
 
 

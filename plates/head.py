@@ -131,7 +131,7 @@ def load_batches(
     for row, order in enumerate(orders):
         indices[row, : len(order)] = order
         is_real[row, : len(order)] = 1
-    bytes_per_step = features[view, indices[:, :global_batch_size]].nbytes
+    bytes_per_step = features[view, indices[:1, :1]].nbytes * len(orders) * global_batch_size
     num_at_once = global_batch_size * max(1, BYTES_AT_ONCE // bytes_per_step)
     for start in range(0, shape[1], num_at_once):
         places = slice(start, start + num_at_once)

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
-from test_features import run_beside
+from test_store import run_beside
 from test_train import CONFIG, assert_same, train_on
 
 from plates import storage

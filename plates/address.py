@@ -11,11 +11,9 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 def check_address(address: str) -> None:
-    """Makes sure that a cluster at HOST:PORT lets us in, with its token where it wants one.
+    """Makes sure that a cluster at HOST:PORT lets us in, with its token where it wants one. Raises: UserError.
 
     Ray itself would try for minutes, and offers a token only where RAY_AUTH_MODE says so when it is imported.
-
-    Raises: UserError.
     """
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or "://" in address:
@@ -26,24 +24,21 @@ def check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
         certificates = read_certificates()
         status = ask_alive(address, None, certificates, CONNECT_TIMEOUT_S)
-        if status not in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED):
-            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({status.name})")
         if status == grpc.StatusCode.UNAUTHENTICATED:
             token = find_token()
             if not token or ask_alive(address, token, certificates, CONNECT_TIMEOUT_S) != grpc.StatusCode.OK:
-                what = "a token" if not token else "another token than this one"
+                wanted = "another token than this one" if token else "a token"
                 rule = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
-                raise UserError(f"RAY_ADDRESS {address}: the cluster wants {what}; {rule}")
+                raise UserError(f"RAY_ADDRESS {address}: the cluster wants {wanted}; {rule}")
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+        elif status != grpc.StatusCode.OK:
+            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({status.name})")
     except OSError as error:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
 
 
 def read_certificates() -> list[bytes] | None:
-    """What Ray's own TLS settings name: the authority's certificate, our key and our certificate; None without TLS.
-
-    Raises: UserError.
-    """
+    """The authority's certificate, our key and ours, as Ray's TLS settings name them, if any. Raises: UserError."""
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         return None
     certificates = []

@@ -53,15 +53,6 @@ def find_backbone(name: str) -> Backbone:
     if channels != 3 or height != width or config.crop_mode == "border":
         wanted = f"{channels} channels of {height} x {width}, crop mode {config.crop_mode}"
         raise ValueError(f"wants {wanted}; give a model of squares of 3 channels without a border")
-    return Backbone(
-        timm_name=timm_name,
-        image_size=height,
-        is_fixed_size=config.fixed_input_size,
-        mean=config.mean,
-        std=config.std,
-        interpolation=config.interpolation,
-        crop_mode=config.crop_mode,
-        crop_pct=config.crop_pct,
-        is_sensitive=True,
-        fits_fp16=False,
-    )
+    shown = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_mode", "crop_pct")}
+    size = {"image_size": height, "is_fixed_size": config.fixed_input_size}
+    return Backbone(timm_name=timm_name, **size, **shown, is_sensitive=True, fits_fp16=False)

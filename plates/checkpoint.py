@@ -12,7 +12,7 @@ from torch import Tensor
 from plates.backbones import find_backbone
 from plates.config import UserError
 from plates.model import Classifier, build_trunk
-from plates.rundir import write_json, write_whole
+from plates.rundir import write_atomically, write_json
 from plates.storage import Place
 from plates.transforms import Preprocessing
 
@@ -34,14 +34,10 @@ def save_bundle(folder: Place, bundle: Bundle) -> None:
     """Writes model.safetensors and model.json; the JSON last, so that its presence means a whole bundle."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in bundle.state.items()}
-    write_whole(folder / MODEL_FILE, lambda file: save_file(state, file))
-    described = {
-        "format": FORMAT,
-        "backbone": bundle.backbone,
-        "classes": list(bundle.classes),
-        "preprocessing": bundle.preprocessing.to_dict(),
-    }
-    write_json(folder / INFO_FILE, {**described, **bundle.info})
+    write_atomically(folder / MODEL_FILE, lambda file: save_file(state, file))
+    preprocessing = bundle.preprocessing.to_dict()
+    described = {"backbone": bundle.backbone, "classes": bundle.classes, "preprocessing": preprocessing}
+    write_json(folder / INFO_FILE, {"format": FORMAT, **described, **bundle.info})
 
 
 def load_bundle(folder: Place) -> Bundle:
@@ -49,10 +45,8 @@ def load_bundle(folder: Place) -> Bundle:
     try:
         info = json.loads((folder / INFO_FILE).read_text())
         state = load((folder / MODEL_FILE).read_bytes())
-        if info["format"] != FORMAT:
-            raise UserError(
-                f"--checkpoint {folder}: format {info['format']} is not {FORMAT}, which this version reads"
-            )
+        if (found := info["format"]) != FORMAT:
+            raise UserError(f"--checkpoint {folder}: format {found} is not {FORMAT}, which this version reads")
         preprocessing = Preprocessing.from_dict(info["preprocessing"])
         bundle = Bundle(info["backbone"], tuple(info["classes"]), preprocessing, state, info)
     except FileNotFoundError as error:

@@ -50,10 +50,6 @@ class Plan:
         return {"CPU": float(self.cpus_per_worker)} | ({self.resource: 1.0} if self.resource else {})
 
     @property
-    def world_size(self) -> int:
-        return max(1, self.num_workers)
-
-    @property
     def line(self) -> str:
         if self.num_workers == 0:
             return f"runs in this process on {self.device} with {self.cpus_per_worker} CPU threads: {self.reason}"
@@ -80,30 +76,27 @@ def plan_job(
     """
     has_many_gpus = device != "cpu" and torch.cuda.device_count() > 1
     if num_workers == 0 or (num_workers == "auto" and not is_in_cluster() and not has_many_gpus):
-        reason = "--num-workers 0" if num_workers == 0 else "one machine, no cluster, at most one GPU"
-        return plan_here(device, reason, cpus_per_worker)
-    start_ray()
-    nodes = list_nodes()
-    if num_workers != "auto" and is_in_cluster():
-        nodes = scale_up(num_workers, device, nodes, wait_for_nodes_s)
-    plan = replace(plan_workers(num_workers, device, nodes), wait_for_nodes_s=wait_for_nodes_s)
+        plan, who = plan_here(device, num_workers), "this process"
+    else:
+        start_ray()
+        nodes = list_nodes()
+        if num_workers != "auto" and is_in_cluster():
+            nodes = scale_up(num_workers, device, nodes, wait_for_nodes_s)
+        plan = replace(plan_workers(num_workers, device, nodes), wait_for_nodes_s=wait_for_nodes_s)
+        who = f"each of {plan.num_workers} workers"
     if cpus_per_worker is None:
         return plan
     if cpus_per_worker > plan.cpus_per_worker:
-        raise UserError(
-            f"--cpus-per-worker {cpus_per_worker}: each of {plan.num_workers} workers can have {plan.cpus_per_worker}"
-        )
+        raise UserError(f"--cpus-per-worker {cpus_per_worker}: {who} can have {plan.cpus_per_worker}")
     return replace(plan, cpus_per_worker=cpus_per_worker, uses_whole_nodes=False)
 
 
-def plan_here(device: str, reason: str, num_threads: int | None) -> Plan:
+def plan_here(device: str, num_workers: Literal["auto"] | int) -> Plan:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    num_cpus = num_usable_cpus()
-    if num_threads is not None and num_threads > num_cpus:
-        raise UserError(f"--cpus-per-worker {num_threads}: this process can have {num_cpus}")
-    return Plan.on(chosen, 0, num_threads or num_cpus, reason)
+    reason = "--num-workers 0" if num_workers == 0 else "one machine, no cluster, at most one GPU"
+    return Plan.on(chosen, 0, num_usable_cpus(), reason)
 
 
 def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[Node]) -> Plan:
@@ -115,38 +108,34 @@ def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[No
     if device == "cuda" and not num_gpus:
         raise UserError(f"--device cuda: the cluster has no GPU ({len(nodes)} nodes, {num_cpus} CPUs)")
     chosen: Literal["cpu", "cuda"] = "cuda" if device != "cpu" and num_gpus else "cpu"
-    sizes = {node.num_cpus for node in nodes if node.num_cpus}
+    sizes = [node.num_cpus for node in nodes if node.num_cpus]
+    reason = f"--num-workers {num_workers}"
+    if num_workers == "auto" and chosen == "cpu":
+        if not sizes:
+            rule = "give the number to scale up to"
+            raise UserError(f"--num-workers auto: the cluster has no GPU and no CPU now; {rule}")
+        plan = Plan.on("cpu", len(sizes), min(sizes), f"{reason}, one a node with CPUs of the cluster")
+        return replace(plan, uses_whole_nodes=min(sizes) < max(sizes))
     if num_workers == "auto":
-        count = num_gpus if chosen == "cuda" else sum(node.num_cpus > 0 for node in nodes)
-        if not count:
-            raise UserError(
-                "--num-workers auto: the cluster has no GPU and no CPU now; give the number to scale up to"
-            )
-        if chosen == "cpu":
-            plan = Plan.on("cpu", count, min(sizes), "--num-workers auto, one a node with CPUs of the cluster")
-            return replace(plan, uses_whole_nodes=len(sizes) > 1)
-        reason = "--num-workers auto, one a GPU of the cluster"
-    else:
-        count, reason = num_workers, f"--num-workers {num_workers}"
-    cpus_per_worker = share_cpus(count, chosen, nodes)
+        num_workers, reason = num_gpus, f"{reason}, one a GPU of the cluster"
+    cpus_per_worker = share_cpus(num_workers, chosen, nodes)
     if cpus_per_worker is None:
         room = f"{num_gpus} GPUs" if chosen == "cuda" else f"{num_cpus} CPUs"
-        raise UserError(
-            f"--num-workers {count}: the cluster has {room} on {len(nodes)} nodes; ask for at most that many"
-        )
-    return Plan.on(chosen, count, cpus_per_worker, reason)
+        rule = "ask for at most that many"
+        raise UserError(f"--num-workers {num_workers}: the cluster has {room} on {len(nodes)} nodes; {rule}")
+    return Plan.on(chosen, num_workers, cpus_per_worker, reason)
 
 
 def share_cpus(num_workers: int, device: str, nodes: list[Node]) -> int | None:
     """The most CPUs that each of `num_workers` can have when all are placed; None where they cannot be placed."""
-    for cpus in range(max((node.num_cpus for node in nodes), default=0), 0, -1):
-        if device == "cuda":
-            places = sum(min(node.num_gpus, node.num_cpus // cpus) for node in nodes)
-        else:
-            places = sum(node.num_cpus // cpus for node in nodes)
-        if places >= num_workers:
-            return cpus
-    return None
+    most = max((node.num_cpus for node in nodes), default=0)
+    return next((cpus for cpus in range(most, 0, -1) if count_slots(cpus, device, nodes) >= num_workers), None)
+
+
+def count_slots(cpus_per_worker: int, device: str, nodes: list[Node]) -> int:
+    """How many workers of so many CPUs, and of a GPU each where that is the device, the nodes can hold."""
+    slots = [(node.num_cpus // cpus_per_worker, node.num_gpus) for node in nodes]
+    return sum(min(by_cpus, by_gpus) if device == "cuda" else by_cpus for by_cpus, by_gpus in slots)
 
 
 def scale_up(num_workers: int, device: str, nodes: list[Node], limit_s: float) -> list[Node]:
@@ -161,8 +150,7 @@ def scale_up(num_workers: int, device: str, nodes: list[Node], limit_s: float) -
     if share_cpus(num_workers, wanted, nodes):
         return nodes
     for kind in ("cuda", "cpu") if device == "auto" else (device,):
-        bundle = {"CPU": 1, "GPU": 1} if kind == "cuda" else {"CPU": 1}
-        request_resources(bundles=[bundle] * num_workers)
+        request_resources(bundles=[{"CPU": 1, "GPU": 1} if kind == "cuda" else {"CPU": 1}] * num_workers)
         try:
             nodes = wait_for_nodes(num_workers, kind, limit_s)
         finally:
@@ -179,11 +167,10 @@ def wait_for_nodes(num_workers: int, device: str, limit_s: float) -> list[Node]:
     while True:
         time.sleep(1)
         nodes, num_coming, now_s = list_nodes(), count_coming(), time.monotonic()
-        if num_coming:
-            coming_s = now_s
-            if num_coming != num_said:
-                print(f"the cluster starts {num_coming} nodes for {num_workers} workers", flush=True)
-                num_said = num_coming
+        coming_s = now_s if num_coming else coming_s
+        if num_coming not in (0, num_said):
+            print(f"the cluster starts {num_coming} nodes for {num_workers} workers", flush=True)
+            num_said = num_coming
         is_over = now_s - coming_s > AUTOSCALER_ANSWERS_S or now_s - began_s > limit_s
         if is_over or share_cpus(num_workers, device, nodes):
             return nodes
@@ -202,34 +189,31 @@ def find_room(plan: Plan, has_lost: bool = False) -> Plan:
     began_s = coming_s = time.monotonic()
     has_said = False
     while True:
-        nodes = list_nodes(plan.resource)
-        kind = "cuda" if plan.resource else "cpu"
-        fitting = next((n for n in range(plan.num_workers, 0, -1)
-                        if (share_cpus(n, kind, nodes) or 0) >= plan.cpus_per_worker), 0)  # fmt: skip
+        num_slots = count_slots(plan.cpus_per_worker, "cuda" if plan.resource else "cpu", list_nodes(plan.resource))
+        num_workers = max(1, min(plan.num_workers, num_slots))
         # Groups that wait for their room tell an autoscaler, too, what is wanted.
-        bundles = [plan.resources_per_worker] * max(1, fitting)
+        bundles = [plan.resources_per_worker] * num_workers
         groups = [placement_group([bundle]) for bundle in bundles] if has_lost else [placement_group(bundles)]
         deadline_s = time.monotonic() + SECONDS_PER_TRY
         num_free = sum(group.wait(max(0, round(deadline_s - time.monotonic()))) for group in groups)
         for group in groups:
             remove_placement_group(group)
         if num_free:
-            return replace(plan, num_workers=num_free if has_lost else max(1, fitting))
+            return replace(plan, num_workers=num_free if has_lost else num_workers)
         now_s = time.monotonic()
-        what = f"{plural(1 if has_lost else fitting or 1, 'worker')} of {plural(plan.cpus_per_worker, 'CPU')}"
-        what += f" and a {plan.resource}" if plan.resource else ""
-        if fitting or count_coming():
+        room = f"{plural(1 if has_lost else num_workers, 'worker')} of {plural(plan.cpus_per_worker, 'CPU')}"
+        room += f" and a {plan.resource}" if plan.resource else ""
+        if num_slots or count_coming():
             coming_s = now_s
         elif now_s - coming_s > AUTOSCALER_ANSWERS_S:
-            raise UserError(f"--num-workers {plan.num_workers}: no node has room for {what}, and none is on its way")
+            raise UserError(f"--num-workers {plan.num_workers}: no node has room for {room}, and none is on its way")
+        limit = f"{plan.wait_for_nodes_s:g}"
         if now_s - began_s > plan.wait_for_nodes_s:
-            raise UserError(
-                f"--wait-for-nodes-s {plan.wait_for_nodes_s:g}: in that time there was no room for {what}; "
-                "wait longer, or ask for fewer or smaller workers"
-            )
+            rule = "wait longer, or ask for fewer or smaller workers"
+            raise UserError(f"--wait-for-nodes-s {limit}: in that time there was no room for {room}; {rule}")
         if not has_said:
-            why = "the cluster is busy" if fitting else "the cluster has lost its nodes"
-            print(f"{why}: waiting up to {plan.wait_for_nodes_s:g} s for room for {what}", flush=True)
+            why = "the cluster is busy" if num_slots else "the cluster has lost its nodes"
+            print(f"{why}: waiting up to {limit} s for room for {room}", flush=True)
             has_said = True
 
 
@@ -267,20 +251,10 @@ def list_nodes(resource: str | None = None) -> list[Node]:
     import ray
 
     deadline_s = time.monotonic() + FIRST_NODE_S
-    while True:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if alive or time.monotonic() > deadline_s:
-            gpu = resource or "GPU"
-            return [Node(int(resources.get("CPU", 0)), int(resources.get(gpu, 0))) for resources in alive]
+    while not (alive := [node for node in ray.nodes() if node["Alive"]]) and time.monotonic() < deadline_s:
         time.sleep(0.5)
-
-
-def count_node_cpus() -> int:
-    """CPUs of the node that this Ray worker is on, as Ray counts them."""
-    import ray
-
-    mine = ray.get_runtime_context().get_node_id()
-    return next(int(node["Resources"]["CPU"]) for node in ray.nodes() if node["NodeID"] == mine)
+    sizes = [node["Resources"] for node in alive]
+    return [Node(int(size.get("CPU", 0)), int(size.get(resource or "GPU", 0))) for size in sizes]
 
 
 def this_node(is_ray: bool) -> str:
@@ -294,7 +268,7 @@ def this_node(is_ray: bool) -> str:
 
 def find_nodes() -> list[Node]:
     """The nodes of the cluster of RAY_ADDRESS, else this machine, where no Ray is started for it."""
-    if is_in_cluster():
-        start_ray()
-        return list_nodes()
-    return [Node(num_usable_cpus(), torch.cuda.device_count())]
+    if not is_in_cluster():
+        return [Node(num_usable_cpus(), torch.cuda.device_count())]
+    start_ray()
+    return list_nodes()

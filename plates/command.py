@@ -18,12 +18,8 @@ ConfigT = TypeVar("ConfigT")
 
 def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str) -> ConfigT:
     """Flags to a config. An unknown or malformed flag ends the process with tyro's message and exit code 2."""
-    return tyro.cli(
-        config_class,
-        prog=prog,
-        args=list(argv),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-    )
+    how = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    return tyro.cli(config_class, prog=prog, args=list(argv), config=how)
 
 
 def run_job(

@@ -1,7 +1,9 @@
 """Every setting, once: the dataclasses that become the flags."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from math import inf
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,8 +25,50 @@ class UserError(Exception):
     """A mistake that the user can mend: its message names the setting, its value and the rule."""
 
 
+def is_drawn(data: str) -> bool:
+    """Whether --data asks for drawings, and does not name a folder such as synthetic_plates."""
+    return data.partition(":")[0] == "synthetic"
+
+
+def has_count(data: str) -> bool:
+    """Whether the N of synthetic:N, where there is one, is a whole number of at least 4."""
+    name, _, count = data.partition(":")
+    return name != "synthetic" or data == name or (count.isdecimal() and int(count) >= 4)
+
+
+AT_LEAST_1 = ("cpus_per_worker", "epochs", "step_size", "global_batch_size", "num_views", "num_trials", "cv_repeats",
+              "repeats")  # fmt: skip
+# By setting, in whichever job it is: what its value must be, unless it is None, and what is said where it is not.
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("data", bool, "give synthetic, synthetic:N or a folder"),
+    ("data", has_count, "synthetic:N needs a whole number N of at least 4"),
+    ("out", bool, "give a directory, or leave the flag out"),
+    ("checkpoint", bool, "give RUN/checkpoint"),
+    ("weights", bool, "give imagenet, none or a file"),
+    ("num_workers", lambda count: count == "auto" or count >= 0, "must be auto, 0 or more"),
+    ("wait_for_nodes_s", lambda time_s: time_s >= 0, "must be at least 0"),
+    ("lr", lambda lr: 0 < lr < inf, "must be a number above 0"),
+    ("gamma", lambda gamma: 0 < gamma <= 1, "must be above 0 and at most 1"),
+    ("image_size", lambda size: 32 <= size <= 4096, "must be 32 to 4096"),
+    ("seed", lambda seed: 0 <= seed < 2**32, "must be 0 to 4294967295"),
+    ("folds", lambda count: count >= 2, "must be at least 2"),
+    *((name, lambda count: count >= 1, "must be at least 1") for name in AT_LEAST_1),
+)
+
+
+class Config:
+    """Checks its settings by the rules above. Raises: UserError naming the flag, its value and the rule."""
+
+    def __post_init__(self) -> None:
+        for name, is_met, rule in RULES:
+            value = getattr(self, name, None)
+            if value is not None and not is_met(value):
+                shown = "is empty" if value == "" else value
+                raise UserError(f"--{name.replace('_', '-')} {shown}: {rule}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Config):
     data: str = "synthetic"
     """Images: synthetic[:N] (N drawn plates), a folder with train/CLASS/*, optional val/CLASS/*, test/**,
     one that plates prepare packed, or a URI (s3://, gs://) of either."""
@@ -33,19 +77,9 @@ class DataConfig:
     skip_unreadable: bool = False
     """Go on without labelled images that cannot be read; they are listed in skipped.csv."""
 
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise UserError("--data is empty: give synthetic, synthetic:N or a folder")
-        if is_drawn(self.data) and self.data != "synthetic":
-            count = self.data.removeprefix("synthetic:")
-            if not count.isdecimal() or int(count) < 4:
-                raise UserError(f"--data {self.data}: synthetic:N needs a whole number N of at least 4")
-        if self.out == "":
-            raise UserError("--out is empty: give a directory, or leave the flag out")
-
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
+class WorkerConfig(Config):
     num_workers: NumWorkers = "auto"
     """Ray workers; 0 runs in this process. auto: one a GPU (or CPU node) in a cluster, else by this machine."""
     device: Device = "auto"
@@ -57,16 +91,9 @@ class WorkerConfig:
     wait_for_nodes_s: float = 1200.0
     """Seconds that a job waits on a cluster for nodes that start and for room that other jobs take."""
 
-    def __post_init__(self) -> None:
-        require("--wait-for-nodes-s", self.wait_for_nodes_s, self.wait_for_nodes_s >= 0, "must be at least 0")
-        if self.cpus_per_worker is not None:
-            require("--cpus-per-worker", self.cpus_per_worker, self.cpus_per_worker >= 1, "must be at least 1")
-        if self.num_workers != "auto":
-            require("--num-workers", self.num_workers, self.num_workers >= 0, "must be auto, 0 or more")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Config):
     backbone: Backbone = "auto"
     """Trunk, timm/NAME any of timm's. auto: resnet18 where its weights can be had, else efficientnet_lite0."""
     weights: str = "imagenet"
@@ -92,23 +119,13 @@ class ModelConfig:
     """Different augmented views of each image, reused in turn over the epochs [default: one an epoch]."""
 
     def __post_init__(self) -> None:
-        if not self.weights:
-            raise UserError("--weights is empty: give imagenet, none or a file")
         try:
             own = find_backbone("resnet18" if self.backbone == "auto" else self.backbone).image_size
         except ValueError as error:
             raise UserError(f"--backbone {self.backbone}: {error}") from error
         size = own if self.image_size is None else self.image_size
         object.__setattr__(self, "image_size", size)  # as resolved, for config.json and all that reads it
-        require("--epochs", self.epochs, self.epochs >= 1, "must be at least 1")
-        require("--lr", self.lr, 0 < self.lr < float("inf"), "must be a number above 0")
-        require("--step-size", self.step_size, self.step_size >= 1, "must be at least 1")
-        require("--gamma", self.gamma, 0 < self.gamma <= 1, "must be above 0 and at most 1")
-        require("--global-batch-size", self.global_batch_size, self.global_batch_size >= 1, "must be at least 1")
-        require("--image-size", size, 32 <= size <= 4096, "must be 32 to 4096")
-        require("--seed", self.seed, 0 <= self.seed < 2**32, "must be 0 to 4294967295")
-        if self.num_views is not None:
-            require("--num-views", self.num_views, self.num_views >= 1, "must be at least 1")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +135,6 @@ class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
     With no flags it trains on drawn plates on this machine. A folder of photos:
     plates train --data PHOTOS --out runs/mine
     """
-
-    def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
-        WorkerConfig.__post_init__(self)
-        ModelConfig.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +151,6 @@ class TuneConfig(TrainConfig):
     """Folds of the stratified cross-validation."""
     cv_repeats: int = 4
     """Repetitions of the cross-validation, each with other folds."""
-
-    def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
-        require("--num-trials", self.num_trials, self.num_trials >= 1, "must be at least 1")
-        require("--folds", self.folds, self.folds >= 2, "must be at least 2")
-        require("--cv-repeats", self.cv_repeats, self.cv_repeats >= 1, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +175,9 @@ class BenchmarkConfig(ModelConfig, DataConfig):
     """Of the trunk, in all rows but the published loop, which is fp32."""
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
-        ModelConfig.__post_init__(self)
-        require("--repeats", self.repeats, self.repeats >= 1, "must be at least 1")
-        for count in self.worker_counts:
-            require("--worker-counts", count, count >= 1, "must be at least 1")
+        super().__post_init__()
+        if (least := min(self.worker_counts, default=1)) < 1:
+            raise UserError(f"--worker-counts {least}: must be at least 1")
         if self.scaling == "weak" and not is_drawn(self.data):
             raise UserError(f"--scaling weak: needs --data synthetic:N, whose size can grow, not {self.data}")
 
@@ -188,12 +192,6 @@ class PredictConfig(WorkerConfig, DataConfig):
     """Changes nothing here: images to predict that cannot be read are always left out, listed in skipped.csv, and
     end the job with exit code 3."""
 
-    def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
-        WorkerConfig.__post_init__(self)
-        if not self.checkpoint:
-            raise UserError("--checkpoint is empty: give RUN/checkpoint")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(DataConfig):
@@ -207,13 +205,9 @@ class PrepareConfig(DataConfig):
     seed: int = 0
     """Seed of the drawings."""
 
-    def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
-        WorkerConfig(num_workers=self.num_workers)
-
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
+class CheckConfig(Config):
     """Check what a job would run on, and that every node can do its part: a table, exit code 2 where one cannot.
 
     plates check --address HOST:6379 --num-workers 8 --data /nfs/PHOTOS --out /nfs/runs/a
@@ -231,8 +225,7 @@ class CheckConfig:
     """Their device."""
 
     def __post_init__(self) -> None:
-        DataConfig(data=self.data, out=self.out)
-        WorkerConfig(num_workers=self.num_workers, device=self.device)
+        super().__post_init__()
         if self.address and "://" in self.address:
             raise UserError(f"--address {self.address}: give HOST:PORT, or plates submit check --address URL")
 
@@ -245,15 +238,4 @@ JOB_CONFIGS = {
     "benchmark": BenchmarkConfig,
     "check": CheckConfig,
 }
-JobConfig = PrepareConfig | TrainConfig | PredictConfig | BenchmarkConfig | CheckConfig
-
-
-def is_drawn(data: str) -> bool:
-    """Whether --data asks for drawings, and does not name a folder such as synthetic_plates."""
-    return data.partition(":")[0] == "synthetic"
-
-
-def require(flag: str, value: object, is_met: bool, rule: str) -> None:
-    """Raises: UserError naming the flag, its value and the rule, unless the rule is met."""
-    if not is_met:
-        raise UserError(f"{flag} {value}: {rule}")
+JobConfig = DataConfig | CheckConfig

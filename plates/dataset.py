@@ -16,10 +16,10 @@ from tqdm import tqdm
 from plates import synthetic
 from plates.config import UserError, is_drawn
 from plates.device import num_usable_cpus
-from plates.folders import find_images, find_root, listing, look_into, printable
+from plates.folders import find_images, find_root, look_into, printable
 from plates.images import IMAGE_SUFFIXES, UnreadableImageError
-from plates.shards import ShardSource, is_prepared, read_index
-from plates.sources import FolderSource, Source, SyntheticSource, synthetic_identity
+from plates.shards import INDEX_FILE, read_index
+from plates.sources import FolderSource, ShardSource, Source, SyntheticSource, synthetic_identity
 from plates.storage import Place, place_of
 
 VALIDATION_EVERY = 6  # the published split: every sixth image
@@ -37,19 +37,15 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Samples(Sequence[Sample]):
-    """The images of a split as columns, for a million of them to fit beside a model.
+    """The images of a split as columns, for a million of them to fit beside a model."""
 
-    `table`: path (string), label (int32, null where it is not known), and digest (32 bytes, the SHA-256 of the image,
-    null until it is known).
-    """
-
-    table: pa.Table
+    table: pa.Table  # path (string), label (int32 or null), digest (the image's SHA-256, null until it is known)
 
     @classmethod
     def of(cls, paths: Sequence[str] = (), labels: Iterable[int | None] | None = None) -> "Samples":
-        numbers = pa.array(labels, pa.int32()) if labels is not None else pa.nulls(len(paths), pa.int32())
-        columns = {"path": pa.array(paths, pa.string()), "label": numbers}
-        return cls(pa.table({**columns, "digest": pa.nulls(len(paths), pa.binary(32))}))
+        known = pa.nulls(len(paths), pa.int32()) if labels is None else pa.array(labels, pa.int32())
+        digests = pa.nulls(len(paths), pa.binary(32))
+        return cls(pa.table({"path": pa.array(paths, pa.string()), "label": known, "digest": digests}))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -69,13 +65,12 @@ class Samples(Sequence[Sample]):
 
     def __eq__(self, other: object) -> bool:
         """Of paths and labels."""
-        columns = ["path", "label"]
-        return isinstance(other, Samples) and self.table.select(columns).equals(other.table.select(columns))
+        return isinstance(other, Samples) and [*self] == [*other]
 
-    def take(self, places: Iterable[int]) -> "Samples":
-        return Samples(self.table.take(pa.array(places, pa.int64())).combine_chunks())
+    def take(self, indices: Iterable[int]) -> "Samples":
+        return Samples(self.table.take(pa.array(indices, pa.int64())).combine_chunks())
 
-    def where(self, is_kept: list[bool]) -> "Samples":
+    def where(self, is_kept: Sequence[bool] | np.ndarray) -> "Samples":
         return Samples(self.table.filter(pa.array(is_kept, pa.bool_())).combine_chunks())
 
     def with_digests(self, digests: Sequence[bytes | None]) -> "Samples":
@@ -109,40 +104,31 @@ class Dataset:
         return self.source.read(path).permute(1, 2, 0).numpy()
 
 
-def load_dataset(data: str, seed: int) -> Dataset:
-    """Lists the data set that --data names; no image is read.
-
-    Raises: UserError naming the folder and what is missing in it.
-    """
+def load_dataset(data: str, seed: int, *, needs_train: bool = True) -> Dataset:
+    """Lists the data set that --data names; no image is read. Raises: UserError naming what is missing in it."""
     if is_drawn(data):
-        num_labelled = int(data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC)
-        return list_synthetic(num_labelled, seed)
+        return list_synthetic(int(data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC), seed)
     folder = place_of("--data", data)
-    with listing(data):
-        if is_prepared(folder):
-            return list_prepared(folder)
-        root = find_root(folder)
-        if root is None or not (root / "train").is_dir():
-            raise UserError(f"--data {folder}: holds no train/ folder; expected train/CLASS/*.jpg")
-        return list_folder(root)
-
-
-def load_test_split(data: str, seed: int) -> Dataset:
-    """The test split alone, for a checkpoint: test/** of a data set, or every image of a plain folder."""
-    if is_drawn(data):
-        return load_dataset(data, seed)
-    folder = place_of("--data", data)
-    with listing(data):
-        if is_prepared(folder):
+    try:
+        if (folder / INDEX_FILE).exists():
             return list_prepared(folder)
         root = find_root(folder)
         if root and (root / "train").is_dir():
             return list_folder(root)
+        if needs_train:
+            raise UserError(f"--data {folder}: holds no train/ folder; expected train/CLASS/*.jpg")
         top = root or folder
         test = find_images(top / "test" if root else top, top)
+    except OSError as error:  # a folder that may not be listed, or a store that does not answer
+        raise UserError(f"--data {data}: cannot be listed ({error})") from error
     if not test:
         raise UserError(f"--data {data}: holds no images to predict ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return Dataset(FolderSource(top), (), Samples.of(), Samples.of(), Samples.of(test))
+
+
+def load_test_split(data: str, seed: int) -> Dataset:
+    """The test split alone, for a checkpoint: test/** of a data set, or every image of a plain folder."""
+    return load_dataset(data, seed, needs_train=False)
 
 
 def list_folder(root: Place) -> Dataset:
@@ -150,11 +136,13 @@ def list_folder(root: Place) -> Dataset:
     classes = tuple(by_class)
     if len(classes) < 2:
         raise UserError(f"--data {root}: train/ holds {len(classes)} class folders; at least 2 are needed")
+    has_val = (root / "val").is_dir()
     for name, paths in by_class.items():
         if not paths:
             raise UserError(f"--data {root}: train/{name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    test = Samples.of(find_images(root / "test", root))
-    if (root / "val").is_dir():
+        if len(paths) < 2 and not has_val:
+            raise UserError(f"--data {root}: train/{name} holds 1 image; the split needs at least 2 a class")
+    if has_val:
         train, val = by_class, images_by_class(root, "val")
         unknown = [name for name in val if name not in by_class]
         if unknown:
@@ -162,10 +150,8 @@ def list_folder(root: Place) -> Dataset:
         if not any(val.values()):
             raise UserError(f"--data {root}: val/ holds no images; fill it, or remove it to split train/")
     else:
-        for name, paths in by_class.items():
-            if len(paths) < 2:
-                raise UserError(f"--data {root}: train/{name} holds 1 image; the split needs at least 2 a class")
         train, val = split_every_sixth(by_class)
+    test = Samples.of(find_images(root / "test", root))
     return Dataset(FolderSource(root), classes, label(train, classes), label(val, classes), test)
 
 
@@ -185,29 +171,25 @@ def split_every_sixth(by_class: dict[str, list[str]]) -> tuple[dict[str, list[st
 
 
 def label(by_class: dict[str, list[str]], classes: tuple[str, ...]) -> Samples:
-    pairs = sorted((path, number) for number, name in enumerate(classes) for path in by_class.get(name, []))
-    return Samples.of([path for path, _ in pairs], [number for _, number in pairs])
+    labels = {path: number for number, name in enumerate(classes) for path in by_class.get(name, [])}
+    paths = sorted(labels)
+    return Samples.of(paths, [labels[path] for path in paths])
 
 
 def list_prepared(folder: Place) -> Dataset:
     """What `plates prepare` packed, with its splits as they were made then."""
     classes, index = read_index(folder)
-    numbers = index_in(index["label"], value_set=pa.array(classes, pa.string()))
-    whole = index.select(["path", "digest"]).add_column(1, "label", numbers)
-    train, val, test = (
-        Samples(whole.filter(equal(index["split"], split)).combine_chunks()) for split in ("train", "val", "test")
-    )
-    return Dataset(ShardSource(folder, index.drop_columns(["label", "split"])), classes, train, val, test)
+    labels = index_in(index["label"], value_set=pa.array(classes, pa.string()))
+    samples = Samples(index.select(["path", "digest"]).add_column(1, "label", labels))
+    splits = (samples.where(equal(index["split"], split).to_numpy()) for split in ("train", "val", "test"))
+    return Dataset(ShardSource(folder, index.drop_columns(["label", "split"])), classes, *splits)
 
 
 def list_synthetic(num_labelled: int, seed: int) -> Dataset:
     """`num_labelled` drawings in train/ with the classes in turn, and as many again in test/."""
     classes = synthetic.CLASSES
-    by_class: dict[str, list[str]] = {name: [] for name in classes}
-    for index in range(num_labelled):
-        name = classes[index % len(classes)]
-        by_class[name].append(f"train/{name}/{index:06d}.png")
-    train, val = split_every_sixth(by_class)
+    paths = [f"train/{classes[index % len(classes)]}/{index:06d}.png" for index in range(num_labelled)]
+    train, val = split_every_sixth({name: paths[number :: len(classes)] for number, name in enumerate(classes)})
     test = sorted(f"test/{index:06d}.png" for index in range(num_labelled, 2 * num_labelled))
     kept_aside = [int(synthetic_identity(seed, path)[1]) for path in test]
     splits = (label(train, classes), label(val, classes), Samples.of(test, kept_aside))
@@ -218,7 +200,10 @@ def row_groups(source: Source, samples: Samples) -> Tensor:
     """(N,) int64: the number of the group that each image is read with, 0 for all where each is read alone."""
     if not isinstance(source, ShardSource):
         return torch.zeros(len(samples), dtype=torch.int64)
-    return torch.from_numpy(source.groups_of(samples.table["path"]))
+    indices = index_in(samples.table["path"], value_set=source.index["path"])
+    found = source.index.select(["shard", "row_group"]).take(indices).to_pandas()
+    groups = found.groupby(["shard", "row_group"], observed=True).ngroup()
+    return torch.from_numpy(groups.to_numpy(np.int64, copy=True))
 
 
 def in_threads(look: Callable[[str], bytes], samples: Samples) -> Iterator[bytes | UnreadableImageError]:
@@ -237,11 +222,9 @@ def in_threads(look: Callable[[str], bytes], samples: Samples) -> Iterator[bytes
 
 
 def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, list[Skipped]]:
-    """Decodes every labelled image once, before anything is trained.
+    """Decodes every labelled image once, before anything is trained. Raises: UserError as `leave_out` does.
 
     Returns: the data set of the images that can be read, with their digests, and those that cannot.
-
-    Raises: UserError as `leave_out` does.
     """
     skipped: list[Skipped] = []
     checked = {}
@@ -249,10 +232,10 @@ def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, lis
         for split, samples in (("train", dataset.train), ("val", dataset.val)):
             digests: list[bytes | None] = []
             for sample, found in zip(samples, in_threads(dataset.source.check, samples), strict=True):
+                digests.append(found if isinstance(found, bytes) else None)
+                if not isinstance(found, bytes):
+                    skipped.append(Skipped(sample.path, split, str(found)))
                 bar.update()
-                is_read = isinstance(found, bytes)
-                digests.append(found if is_read else None)
-                skipped += [] if is_read else [Skipped(sample.path, split, str(found))]
             checked[split] = samples.with_digests(digests)
     return leave_out(replace(dataset, **checked), skipped, skip_unreadable), skipped
 
@@ -260,8 +243,7 @@ def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, lis
 def leave_out(dataset: Dataset, skipped: Sequence[Skipped], skip_unreadable: bool) -> Dataset:
     """The data set without labelled images that cannot be read.
 
-    Raises: UserError naming them, unless they are to be skipped; or where skipping leaves a class without training
-        images, or the validation split empty.
+    Raises: UserError naming them, unless they may be skipped; or where a class or the validation split is empty then.
     """
     if skipped and not skip_unreadable:
         named = "; ".join(f"{item.path}: {item.reason}" for item in skipped[:5])

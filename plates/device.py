@@ -1,9 +1,9 @@
-"""The device of a process: its switches, the precision that it computes in, and the way of tensors to it and back."""
+"""The device of a process: its switches, its precision, and how tensors get to it and back."""
 
 import ctypes
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import joblib
 import torch
@@ -21,33 +21,29 @@ NUM_BEHIND = 2  # batches that a device is ahead of the host that reads its resu
 
 
 def num_usable_cpus() -> int:
-    """CPUs that this process may run on and its container's share of them, at least 1.
-
-    A job's driver inherits OMP_NUM_THREADS=1, which says nothing of them.
-    """
+    """CPUs that this process may run on and its container has; a job's driver inherits OMP_NUM_THREADS=1 from Ray."""
     return joblib.cpu_count()
 
 
 def set_up_process(device: torch.device, precision: str, num_threads: int) -> None:
-    """The process-wide switches, set once where a worker's work begins: threads, TF32, cuDNN's choice of algorithms,
-    and on CPUs how glibc keeps memory.
+    """Sets threads, TF32, cuDNN's choice of algorithms, and on CPUs how glibc keeps memory, once a worker.
 
     TF32 is off in fp32, in convolutions too, where torch has it on, and on in the lower precisions.
     """
     torch.set_num_threads(num_threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.benchmark = True
-    if device.type == "cpu":
+    if device.type == "cpu" and sys.platform == "linux":
         keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what tensors free; elsewhere nothing is changed.
+    """Tells glibc, where it is glibc, to keep what tensors free.
 
-    By default blocks above 32 MiB go back to the kernel and are faulted in again at every layer: on 2 cores of an AMD
-    EPYC (AVX-512), EfficientNet-Lite0 in fp32 ran at 58-95 images/s so, and at 140 with this (torch 2.14, batch 32).
+    Else blocks above 32 MiB go back to the kernel and are faulted in again at every layer: on 2 cores of an AMD EPYC
+    EfficientNet-Lite0 in fp32 ran at 58-95 images/s so, and at 140 with this (torch 2.14, batch 32).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
@@ -72,10 +68,9 @@ def devices_here(kind: str) -> list[torch.device]:
 def decide_precision(asked: str, backbone: str, device: str, best: Sequence[str]) -> str:
     """The one precision of a group of workers: as --precision asks, for auto that of its least able device.
 
-    A sensitive trunk stays in fp32 on CPUs, where bf16 gains the least. Trained and applied in bf16,
-    EfficientNet-Lite0 gave 3 of 372 real photos another class than in fp32 (ResNet18: none), so on CUDA it
-    takes fp16, with 3 more bits. Another model of timm takes bf16 there, or fp32: what leaves fp16's range is
-    lost, what bf16 rounds is not.
+    A sensitive trunk stays in fp32 on CPUs. In bf16 EfficientNet-Lite0 gave 3 of 372 real photos another class than
+    in fp32 (ResNet18: none), so on CUDA it takes fp16, with 3 more bits. Another model of timm takes bf16 there, or
+    fp32: what leaves fp16's range is lost, what bf16 rounds is not.
 
     Args:
         device: cpu or cuda.
@@ -120,26 +115,19 @@ def move(values: Tensor, device: torch.device) -> Tensor:
 
 def read_behind(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
     """Each output on the CPU, handed on when the device has been given two more: it never waits for the host."""
-    pending: deque[Callable[[], Tensor]] = deque()
+    pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
     for output in outputs:
-        pending.append(start_copy(output))
+        copy = output.to(CPU, non_blocking=True)  # into pinned memory
+        is_copied = torch.cuda.Event() if output.device.type == "cuda" else None
+        if is_copied:
+            is_copied.record()
+        pending.append((copy, is_copied))
         if len(pending) > NUM_BEHIND:
-            yield pending.popleft()()
-    for copy in pending:
-        yield copy()
+            yield wait_for(*pending.popleft())
+    yield from (wait_for(*copied) for copied in pending)
 
 
-def start_copy(values: Tensor) -> Callable[[], Tensor]:
-    """Begins to copy values to the CPU; the function returned waits for them."""
-    if values.device.type != "cuda":
-        return lambda: values
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    is_copied = torch.cuda.Event()
-    is_copied.record()
-
-    def wait() -> Tensor:
+def wait_for(copy: Tensor, is_copied: torch.cuda.Event | None) -> Tensor:
+    if is_copied:
         is_copied.synchronize()
-        return copy
-
-    return wait
+    return copy

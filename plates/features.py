@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import distributions
 from itertools import chain
 from pathlib import Path
+from typing import TypeAlias
 
 import platformdirs
 import pyarrow as pa
@@ -29,17 +30,17 @@ from plates.transforms import Preprocessing, draw_view, eval_view, make_views, t
 
 # Whose code a feature follows from; the last is an extra.
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "torchcodec", "pillow_heif")
+Wanted: TypeAlias = tuple[str, Sequence[int]]  # an image's path, and the numbers of its views
+Views: TypeAlias = tuple[Tensor, Tensor]  # pictures (V, 3, S, S) uint8 on the device, and which to mirror (V,) bool
 EVAL = -1  # the number of the one view that validation and prediction see; those of training count from 0
 
 
 def trunk_key(trunk: nn.Module, backbone: str, preprocessing: Preprocessing, precision: str, device_type: str) -> str:
     """Hash of what all features of a trunk follow from: weights, preprocessing, precision, and the code that decodes,
     draws and computes."""
-    whole = {
-        "code": [
-            hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-            for module in (images, transforms, model, folding, backbones, device, sys.modules[__name__])
-        ],
+    modules = (images, transforms, model, folding, backbones, device, sys.modules[__name__])
+    described = {
+        "code": [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in modules],
         "libraries": [[found.version for found in distributions(name=name)] for name in LIBRARIES],
         "weights": hash_weights(trunk.state_dict()),
         "backbone": backbone,
@@ -47,7 +48,7 @@ def trunk_key(trunk: nn.Module, backbone: str, preprocessing: Preprocessing, pre
         "precision": precision,
         "device": device_type,
     }
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def row_keys(samples: Samples, views: Sequence[int], seed: int) -> pa.Array:
@@ -96,39 +97,24 @@ class FrozenTrunk:
 
 
 def compute_features(
-    trunk: FrozenTrunk,
-    source: Source,
-    wanted: Iterable[tuple[str, Sequence[int]]],
-    seed: int,
-    errors: dict[str, str] | None = None,
+    trunk: FrozenTrunk, source: Source, wanted: Iterable[Wanted], seed: int, errors: dict[str, str] | None = None
 ) -> Iterator[Tensor]:
     """Yields (V, F) features on the CPU of each image in turn.
 
-    Args:
-        wanted: paths, and the numbers of the views wanted of each.
-        errors: where given, takes the reasons why images cannot be read; such an image yields no row, (0, F).
+    errors: where given, takes the reasons why images cannot be read; such an image yields no row, (0, F).
     """
 
-    def load(one: tuple[str, Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Pictures (V, 3, S, S) uint8 on the device, and which to mirror (V,): a thread ahead of the trunk decodes an
-        image once and copies it once; all its views are made there, and it is dropped."""
-        path, numbers = one
+    def load(one: Wanted) -> Views:
+        """A thread ahead of the trunk decodes an image and copies it, once each; its views are made on the device."""
+        path, views = one
         try:
             image = move(source.read(path), trunk.device)
         except UnreadableImageError as error:
             if errors is None:
                 raise
             errors[path] = str(error)
-            size = trunk.preprocessing.image_size
-            return torch.empty((0, 3, size, size), dtype=torch.uint8, device=trunk.device), torch.empty(0) > 0
-        height, width = image.shape[1:]
-        views = [
-            eval_view(trunk.preprocessing, height, width)
-            if number == EVAL
-            else draw_view(seed, number, path, height, width)
-            for number in numbers
-        ]
-        return make_views(image, views, trunk.preprocessing), torch.tensor([view.is_flipped for view in views])
+            return no_views(trunk.preprocessing, trunk.device)
+        return make_numbered(image, path, views, seed, trunk.preprocessing)
 
     listed = iter(wanted)
     first = next(listed, None)
@@ -137,33 +123,42 @@ def compute_features(
         yield from forward_all(trunk, prefetch(load, chain([first], listed), num_ahead, trunk.device))
 
 
-def forward_all(trunk: FrozenTrunk, loaded: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """Runs pictures (V, 3, S, S) through the trunk in full batches and yields each image's (V, F) rows again."""
+def make_numbered(image: Tensor, path: str, numbers: Sequence[int], seed: int, preprocessing: Preprocessing) -> Views:
+    """The views of these numbers, on the image's device."""
+    size = image.shape[1:]
+    views = [eval_view(preprocessing, *size) if n == EVAL else draw_view(seed, n, path, *size) for n in numbers]
+    return make_views(image, views, preprocessing), torch.tensor([view.is_flipped for view in views])
+
+
+def no_views(preprocessing: Preprocessing, device: torch.device) -> Views:
+    size = preprocessing.image_size
+    return torch.empty((0, 3, size, size), dtype=torch.uint8, device=device), torch.empty(0, dtype=torch.bool)
+
+
+def forward_all(trunk: FrozenTrunk, loaded: Iterable[Views]) -> Iterator[Tensor]:
+    """Runs the views of images through the trunk in full batches and yields each image's (V, F) rows again."""
     counts: deque[int] = deque()
     computed = torch.empty(0)  # rows that wait for the rest of their image
     for rows in read_behind(trunk(*batch) for batch in full_batches(loaded, trunk.batch_size, counts)):
         trunk.pace.count(len(rows))
-        computed, start = torch.cat([computed, rows]) if len(computed) else rows, 0
-        while counts and len(computed) - start >= counts[0]:
-            yield computed[start : start + counts[0]]
-            start += counts.popleft()
-        computed = computed[start:]
+        computed = torch.cat([computed, rows]) if len(computed) else rows
+        while counts and len(computed) >= counts[0]:
+            count = counts.popleft()
+            yield computed[:count]
+            computed = computed[count:]
     yield from (computed for _ in counts)  # without views
 
 
-def full_batches(
-    loaded: Iterable[tuple[Tensor, Tensor]], batch_size: int, counts: deque[int]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Joins and cuts pictures and flips into batches, the last one smaller; notes in `counts` each image's views."""
-    pictures: list[Tensor] = []
-    flips: list[Tensor] = []
-    for views, is_flipped in loaded:
-        pictures.append(views)
-        flips.append(is_flipped)
-        counts.append(len(views))
-        while sum(map(len, pictures)) >= batch_size:
-            whole, flipped = torch.cat(pictures), torch.cat(flips)
-            yield whole[:batch_size], flipped[:batch_size]
-            pictures, flips = [whole[batch_size:]], [flipped[batch_size:]]
-    if sum(map(len, pictures)):
-        yield torch.cat(pictures), torch.cat(flips)
+def full_batches(loaded: Iterable[Views], batch_size: int, counts: deque[int]) -> Iterator[Views]:
+    """Joins and cuts views of images, one or more, into batches; notes in `counts` how many each image has."""
+    waiting: list[Views] = []
+    for views in loaded:
+        waiting.append(views)
+        counts.append(len(views[0]))
+        while sum(len(pictures) for pictures, _ in waiting) >= batch_size:
+            pictures, flips = map(torch.cat, zip(*waiting, strict=True))
+            yield pictures[:batch_size], flips[:batch_size]
+            waiting = [(pictures[batch_size:], flips[batch_size:])]
+    pictures, flips = map(torch.cat, zip(*waiting, strict=True))
+    if len(pictures):
+        yield pictures, flips

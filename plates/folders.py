@@ -1,7 +1,6 @@
 """Folders of images, found as users arrange them."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,20 +11,8 @@ from plates.storage import Place
 LITTER = {"__MACOSX", "lost+found"}
 
 
-@contextmanager
-def listing(data: str) -> Iterator[None]:
-    """A folder that may not be listed, or a store that does not answer, is one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--data {data}: cannot be listed ({error})") from error
-
-
 def find_root(folder: Place) -> Place | None:
-    """The folder with train/ or test/ in it: this one, or the one that it wraps, without another folder or an image.
-
-    Raises: UserError where there is no such folder.
-    """
+    """The folder with train/ or test/ in it: this one, or one that it wraps alone. Raises: UserError."""
     if not folder.is_dir():
         raise UserError(f"--data {folder}: {'is a file; give a folder' if folder.exists() else 'no such folder'}")
     while True:
@@ -53,11 +40,7 @@ def look_into(folder: Place) -> tuple[list[Place], list[Place]]:
 
 
 def find_images(folder: Place, root: Place) -> list[str]:
-    """Paths of the images under `folder`, relative to `root`, with forward slashes, sorted; each folder once.
-
-    What is not UTF-8 in a name is shown as \\xNN, since tables, JSON and terminals hold UTF-8 alone; the image cannot
-    be read by that path, and is listed as unreadable.
-    """
+    """Paths of the images under `folder`, relative to `root`, with forward slashes, sorted; each folder once."""
     found: list[str] = []
     pending, seen = [folder] if folder.is_dir() else [], set[Place]()
     while pending:
@@ -72,4 +55,5 @@ def find_images(folder: Place, root: Place) -> list[str]:
 
 
 def printable(path: str) -> str:
+    """With \\xNN for what is not UTF-8, as tables, JSON and terminals are; no file can be read by such a path."""
     return path.encode(errors="surrogateescape").decode(errors="backslashreplace")

@@ -8,6 +8,7 @@ from math import ceil, nan
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.utils.rnn import pad_sequence
 
 from plates.device import CPU, move
 from plates.store import FeatureRows
@@ -91,28 +92,27 @@ def fit_heads(
         evaluation: (M, F) features and (M,) labels scored after each epoch.
     """
     alike = defaultdict(list)  # heads of one schedule and number of steps, which one optimizer can have
-    for place, one in enumerate(settings):
+    for head, one in enumerate(settings):
         num_steps = ceil(len(one.indices) / global_batch_size)
-        alike[one.lr, one.step_size, one.gamma, num_steps].append(place)
+        alike[one.lr, one.step_size, one.gamma, num_steps].append(head)
     groups = torch.zeros(len(labels), dtype=torch.int64) if groups is None else groups
     evaluation = evaluation and (evaluation[0].to(device), evaluation[1].to(device))
     fitted: list[tuple[Tensor, ...]] = []
-    for (lr, step_size, gamma, _), places in alike.items():
-        indices = [torch.tensor(settings[place].indices) for place in places]
-        weight, bias = (
-            torch.nn.Parameter(value.to(device).repeat(len(places), *[1] * value.dim())) for value in initial
-        )
+    for (lr, step_size, gamma, _), heads in alike.items():
+        indices = [torch.tensor(settings[head].indices) for head in heads]
+        weight, bias = (torch.nn.Parameter(torch.stack([start.to(device)] * len(heads))) for start in initial)
         optimizer, scheduler = make_optimizer([weight, bias], lr, step_size, gamma)
         figures = []
         for epoch in range(epochs):
             orders = [one[epoch_order(seed, epoch, groups[one])] for one in indices]
             batches = load_batches(features, epoch % len(features), labels, orders, global_batch_size, device)
             lr = optimizer.param_groups[0]["lr"]
-            sums = fit_epoch(batches, weight, bias, optimizer)
+            means = fit_epoch(batches, weight, bias, optimizer)
             scheduler.step()
-            figures.append([torch.full_like(sums[0], lr), *sums, *score_heads(weight, bias, evaluation)])
-        fitted.append((weight.detach(), bias.detach(), torch.stack([torch.stack(row, 1) for row in figures], 1)))
-    order = torch.tensor([place for places in alike.values() for place in places]).argsort()
+            row = [torch.full_like(means[0], lr), *means, *score_heads(weight, bias, evaluation)]
+            figures.append(torch.stack(row, 1))
+        fitted.append((weight.detach(), bias.detach(), torch.stack(figures, 1)))
+    order = torch.tensor([head for heads in alike.values() for head in heads]).argsort()
     return Heads(*(torch.cat(values).cpu()[order] for values in zip(*fitted, strict=True)))
 
 
@@ -126,18 +126,13 @@ def load_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """An epoch's steps of H heads on the device: features (H, B, F), labels (H, B), and their shares in the mean
     (H, B), 0 where a head has no image; read from the stored features some steps at a time."""
-    shape = (len(orders), max(map(len, orders)))
-    indices, is_real = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
-    for row, order in enumerate(orders):
-        indices[row, : len(order)] = order
-        is_real[row, : len(order)] = 1
+    indices = pad_sequence(orders, batch_first=True)
+    is_real = pad_sequence([torch.ones(len(order)) for order in orders], batch_first=True)
+    shares = torch.cat([step / step.sum(1, keepdim=True) for step in is_real.split(global_batch_size, 1)], 1)
     bytes_per_step = features[view, indices[:1, :1]].nbytes * len(orders) * global_batch_size
     num_at_once = global_batch_size * max(1, BYTES_AT_ONCE // bytes_per_step)
-    for start in range(0, shape[1], num_at_once):
-        places = slice(start, start + num_at_once)
-        chosen, real = indices[:, places], is_real[:, places].split(global_batch_size, 1)
-        shares = torch.cat([step / step.sum(1, keepdim=True) for step in real], 1)
-        loaded = (move(values, device) for values in (features[view, chosen], labels[chosen], shares))
+    for chosen, share in zip(indices.split(num_at_once, 1), shares.split(num_at_once, 1), strict=True):
+        loaded = (move(values, device) for values in (features[view, chosen], labels[chosen], share))
         yield from zip(*(values.split(global_batch_size, 1) for values in loaded), strict=True)
 
 

@@ -27,12 +27,10 @@ class UnreadableImageError(OSError):
 
 
 def decode(data: bytes) -> Tensor:
-    """Encoded image to (3, H, W) uint8 RGB, upright by its EXIF orientation; of an animation the first frame.
+    """Encoded image to (3, H, W) uint8 RGB, upright, of an animation the first frame. Raises: UnreadableImageError.
 
     Pillow reads the header and refuses too many pixels. torchcodec decodes JPEG and PNG, 1.4 and 1.2 times as fast as
     Pillow, to the same pixels; it has all frames of an animation in memory at once, so the rest is Pillow's.
-
-    Raises: UnreadableImageError.
     """
     if not data:
         raise UnreadableImageError("the file is empty")
@@ -47,7 +45,7 @@ def decode(data: bytes) -> Tensor:
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"has more than {MAX_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(what_is_missing(data) or "not an image") from error
+        raise UnreadableImageError(why_unknown(data)) from error
     except Exception as error:  # parsers of damaged files raise what they like: struct.error, ZeroDivisionError, ...
         raise UnreadableImageError(f"not a readable image ({type(error).__name__})") from error
 
@@ -86,14 +84,14 @@ def pillow_formats() -> tuple[str, ...]:
     return (*known, "HEIF")
 
 
-def what_is_missing(data: bytes) -> str | None:
-    """What to install for a HEIC or AVIF image that could not be identified; None where nothing is missing."""
+def why_unknown(data: bytes) -> str:
+    """Why an image could not be identified: what to install for HEIC or AVIF."""
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
     if brand in HEIF_BRANDS and "HEIF" not in pillow_formats():
         return "HEIC needs pillow-heif: pip install pillow-heif"
     if brand in (b"avif", b"avis") and not features.check("avif"):
         return "AVIF needs a Pillow built with it: pip install --upgrade pillow"
-    return None
+    return "not an image"
 
 
 def prefetch(

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from plates import rundir
+from plates.checkpoint import Bundle, save_bundle
 from plates.cluster import Plan, plan_job
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PredictConfig, TrainConfig
 from plates.dataset import Dataset, Skipped
@@ -17,50 +18,54 @@ from plates.model import Weights, preprocessing_of
 from plates.predict import print_skipped, tabulate_predictions, write_predictions
 from plates.preflight import check_nodes
 from plates.report import summary_table, write_report
-from plates.storage import Place
 from plates.timing import Phases, process_age_s, timing_table
+from plates.train_loop import draw_examples
 from plates.train_loop.task import Predicted, Task
 from plates.trainer import make_task
+from plates.weights import resolve_weights
 
 LoadedData = tuple[Dataset, list[Skipped]]  # as `check_dataset` returns it
 
 
 @dataclass(frozen=True)
 class Started:
-    """A run with its directory, data, weights, and place to run; `resolved` is what its settings came to."""
+    """A run with its directory: its task, and the workers for it; `resolved` is what its settings came to."""
 
-    run: Place
-    dataset: Dataset
-    skipped: list[Skipped]
+    task: Task
     plan: Plan
-    weights: Weights
-    precision: str
+    skipped: list[Skipped]
     resolved: dict[str, Any]
     phases: Phases
 
 
 def start(
-    job: str,
-    config: TrainConfig | PredictConfig,
-    trainable: str,
-    load_data: Callable[[], LoadedData],
-    find_weights: Callable[[], Weights],
+    job: str, config: TrainConfig | PredictConfig, load_data: Callable[[], LoadedData], bundle: Bundle | None = None
 ) -> Started:
     """Finds all that a run needs, tries every node that it may run on, and only then claims the directory.
 
     Args:
-        trainable: the part of the model that is trained, or was.
+        bundle: the model to predict with; None where one is trained.
 
     Raises: UserError for what the user must mend.
     """
+    info = bundle.info if bundle else {}
+    if bundle:
+        training = TrainConfig(data=config.data, seed=info.get("seed", 0), trainable=info.get("trainable", "all"))
+    else:
+        training = cast(TrainConfig, config)
     run, phases = rundir.find_run(config.out, job, config), Phases()
     with phases.measure("data"):
         dataset, skipped = load_data()
     phases.seconds["process"] = process_age_s() - phases.seconds["data"]
     with phases.measure("ray"):
         plan = plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
-    best = check_nodes(plan, dataset, run, cache_root() if trainable == "head" else None)
-    weights = find_weights()
+    best = check_nodes(plan, dataset, run, cache_root() if training.trainable == "head" else None)
+    if bundle:
+        weights = Weights(bundle.backbone, {}, info.get("weights_source", ""), info.get("backbone_reason", ""))
+        preprocessing = bundle.preprocessing
+    else:
+        weights = resolve_weights(training.backbone, training.weights, training.seed, training.image_size)
+        preprocessing = preprocessing_of(weights.backbone, training.image_size)
     precision = decide_precision(config.precision, weights.backbone, plan.device, best)
     val = () if dataset.val is dataset.train else dataset.val  # a sweep has all labelled images in both
     splits = {"train": dataset.train, "val": val, "test": dataset.test}
@@ -78,37 +83,40 @@ def start(
         "versions": rundir.versions(),
         "notes": [] if dataset.test else ["The data set has no test split: nothing was predicted."],
     }
-    if isinstance(config, TrainConfig):
-        resolved |= {"seed": config.seed, "trainable": trainable, "num_views": config.num_views or config.epochs}
+    if not bundle:
+        num_views = training.num_views or training.epochs
+        resolved |= {"seed": training.seed, "trainable": training.trainable, "num_views": num_views}
     rundir.claim_run(run, job, config, resolved)
     print("\n".join(filter(None, [weights.reason, plan.line, *resolved["notes"]])), flush=True)
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
-    return Started(run, dataset, skipped, plan, weights, precision, resolved, phases)
-
-
-def task_of(started: Started, config: TrainConfig) -> Task:
-    """What the workers of a run are told."""
-    preprocessing = preprocessing_of(started.weights.backbone, config.image_size)
-    return make_task(config, started.dataset, started.weights, preprocessing, started.precision, started.run)
+    task = make_task(training, dataset, weights, preprocessing, precision, run)
+    return Started(task, plan, skipped, resolved, phases)
 
 
 def finish(
     started: Started,
     predicted: Predicted,
     figures: dict[str, float | int],
+    state: dict[str, Tensor] | None = None,
     *,
     tables: dict[str, pd.DataFrame] | None = None,
-    examples: list[tuple[np.ndarray, str]] | None = None,
     described: dict[str, Any] | None = None,
 ) -> int:
-    """Writes predictions, results and report, and marks the run as finished; returns the exit code.
+    """Writes checkpoint, predictions, results and report, and marks the run as finished; returns the exit code.
 
     Args:
+        state: of the model that was trained.
         tables: of this job alone, by file name.
-        examples: training views for the report, each with its class.
         described: more for config.json.
     """
-    run, dataset, phases = started.run, started.dataset, started.phases
+    task, phases = started.task, started.phases
+    run, dataset = task.run, task.dataset
+    examples = []
+    if state:
+        info = {**started.resolved, "metrics": figures}
+        bundle = Bundle(task.weights.backbone, dataset.classes, task.preprocessing, state, info)
+        save_bundle(run / "checkpoint", bundle)
+        examples = draw_examples(dataset, task.preprocessing, task.config.seed)
     predictions = tabulate_predictions(predicted, dataset)
     skipped = [*started.skipped, *predictions.skipped]
     timing = timing_table(phases, started.plan.num_workers, predicted.timings, len(dataset.test))
@@ -117,7 +125,7 @@ def finish(
     write_predictions(run, predictions)
     rundir.write_results(run, figures | predictions.figures, timing, skipped)
     rundir.update_config(run, **(described or {}))
-    report = write_report(run, train_views=examples or [], read_image=dataset.read_picture)
+    report = write_report(run, train_views=examples, read_image=dataset.read_picture)
     rundir.finish_run(run)
     print(f"{summary_table(run)}\nreport: {report}")
     print_skipped(predictions.skipped)

@@ -1,7 +1,5 @@
 """Counts summed over images and workers, then divided: exact whatever the number of workers."""
 
-from math import nan
-
 import torch
 from torch import Tensor
 
@@ -23,10 +21,8 @@ def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 def divide(sums: Tensor) -> tuple[float, float]:
     """Mean loss and accuracy (0-1) from summed `batch_sums`; not a number where there were no images."""
-    loss_sum, num_correct, num_images = sums.tolist()
-    if not num_images:
-        return nan, nan
-    return loss_sum / num_images, num_correct / num_images
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    return loss, accuracy
 
 
 def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...], split: str) -> dict[str, float | int]:
@@ -37,14 +33,8 @@ def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...], split: str) 
         labels: (N,) int64.
     """
     loss, accuracy = divide(batch_sums(logits, labels))
-    cells = torch.stack([labels, logits.argmax(1)], dim=1).unique(dim=0, return_counts=True)
-    confusion = {
-        f"{split}/confusion/{classes[true]}/{classes[predicted]}": count
-        for (true, predicted), count in zip(*(part.tolist() for part in cells), strict=True)
-    }
-    return {
-        f"{split}/loss": loss,
-        f"{split}/accuracy": accuracy,
-        f"{split}/num_images": len(labels),
-        **confusion,
-    }
+    figures = {f"{split}/loss": loss, f"{split}/accuracy": accuracy, f"{split}/num_images": len(labels)}
+    pairs, counts = torch.stack([labels, logits.argmax(1)], dim=1).unique(dim=0, return_counts=True)
+    for (true, predicted), count in zip(pairs.tolist(), counts.tolist(), strict=True):
+        figures[f"{split}/confusion/{classes[true]}/{classes[predicted]}"] = count
+    return figures

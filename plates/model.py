@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -103,15 +103,8 @@ def last_stage(trunk: nn.Module) -> list[nn.Parameter]:
 
 def preprocessing_of(backbone: str, image_size: int | None) -> Preprocessing:
     """That of the pictures which the backbone's weights were trained on, at another size where one is given."""
-    found = find_backbone(backbone)
-    return Preprocessing(
-        image_size=image_size or found.image_size,
-        mean=found.mean,
-        std=found.std,
-        interpolation=found.interpolation,
-        crop_mode=found.crop_mode,
-        crop_pct=found.crop_pct,
-    )
+    own = asdict(find_backbone(backbone))
+    return Preprocessing.from_dict({**own, "image_size": image_size or own["image_size"]})
 
 
 def hash_weights(state: dict[str, Tensor]) -> str:

@@ -6,12 +6,12 @@ from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
-import torch
 from tqdm import tqdm
 
 from plates.cluster import Plan, find_room
 from plates.config import UserError
 from plates.dataset import Dataset, Skipped, leave_out
+from plates.device import CPU
 from plates.images import UnreadableImageError, prefetch
 from plates.rundir import write_json
 from plates.shards import FORMAT, IMAGES_PER_SHARD, INDEX_FILE, write_shard
@@ -22,23 +22,21 @@ from plates.storage import Place, remove_tree
 def pack(dataset: Dataset, plan: Plan, folder: Place, skip_unreadable: bool) -> tuple[dict[str, int], list[Skipped]]:
     """Checks the images and writes the shards, then the index that makes them a data set.
 
-    Returns: images by split, and the images that cannot be read.
-
+    Returns: the number of images by split, and the images that cannot be read.
     Raises: UserError as `leave_out` does; the folder is then removed.
     """
-    parts = list(list_shards(dataset))
-    num_rows = sum(map(len, parts))
+    shards = list(list_shards(dataset))
     counts: Counter[str] = Counter()
     skipped: list[Skipped] = []
-    with tqdm(total=num_rows, desc="packing", unit="image") as bar:
-        for packed in (
-            pack_on_ray(dataset.source, parts, plan, folder)
-            if plan.num_workers
-            else (pack_shard(part, dataset.source, folder) for part in parts)
-        ):
-            counts.update(packed.loc[packed["error"] == "", "split"])
-            rows = packed[["path", "split", "error"]].itertuples(index=False, name=None)
-            skipped += [Skipped(path, split, error) for path, split, error in rows if error]
+    if plan.num_workers:
+        results = pack_on_ray(dataset.source, shards, plan, folder)
+    else:
+        results = (pack_shard(shard, dataset.source, folder) for shard in shards)
+    with tqdm(total=sum(map(len, shards)), desc="packing", unit="image") as bar:
+        for packed in results:
+            is_read = packed["error"] == ""
+            counts.update(packed.loc[is_read, "split"])
+            skipped += [Skipped(*row) for row in packed.loc[~is_read].itertuples(index=False, name=None)]
             bar.update(len(packed))
     try:
         leave_out(dataset, [item for item in skipped if item.split != "test"], skip_unreadable)
@@ -46,26 +44,23 @@ def pack(dataset: Dataset, plan: Plan, folder: Place, skip_unreadable: bool) -> 
         remove_tree(folder)
         raise
     num_images = {split: counts[split] for split in ("train", "val", "test")}
-    shards = [str(part["shard"].iloc[0]) for part in parts]
-    described = {"format": FORMAT, "classes": list(dataset.classes), "num_images": num_images, "shards": shards}
+    names = [str(shard["shard"].iloc[0]) for shard in shards]
+    described = {"format": FORMAT, "classes": dataset.classes, "num_images": num_images, "shards": names}
     write_json(folder / INDEX_FILE, described)
     return num_images, skipped
 
 
 def list_shards(dataset: Dataset) -> Iterator[pd.DataFrame]:
-    """A table of path, label, split and shard for each shard to be; a shard holds images of one split, in path order.
-
-    A label of the test split is one that was kept aside, of drawn plates.
-    """
+    """A table of path, label, split and shard for each shard to be: images of one split, in path order."""
     for split, samples in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
-        for place, start in enumerate(range(0, len(samples), IMAGES_PER_SHARD)):
-            part = [*samples[start : start + IMAGES_PER_SHARD]]
-            names = [None if sample.label is None else dataset.classes[sample.label] for sample in part]
-            columns = {"path": [sample.path for sample in part], "label": names, "split": split}
-            yield pd.DataFrame({**columns, "shard": f"{split}-{place:05d}.parquet"})
+        for index, start in enumerate(range(0, len(samples), IMAGES_PER_SHARD)):
+            listed = [*samples[start : start + IMAGES_PER_SHARD]]
+            labels = [None if sample.label is None else dataset.classes[sample.label] for sample in listed]
+            columns = {"path": [sample.path for sample in listed], "label": labels, "split": split}
+            yield pd.DataFrame({**columns, "shard": f"{split}-{index:05d}.parquet"})
 
 
-def pack_shard(part: pd.DataFrame, source: Source, folder: Place) -> pd.DataFrame:
+def pack_shard(shard: pd.DataFrame, source: Source, folder: Place) -> pd.DataFrame:
     """Reads, checks and writes a shard's images; a table of path, split and error, empty where all is well."""
     errors: dict[str, str] = {}
 
@@ -75,19 +70,19 @@ def pack_shard(part: pd.DataFrame, source: Source, folder: Place) -> pd.DataFram
         except UnreadableImageError as error:
             errors[row["path"]] = str(error)
 
-    rows = pa.Table.from_pandas(part, preserve_index=False).to_pylist()  # a missing label as None
-    loaded = prefetch(load, rows, num_ahead=8, device=torch.device("cpu"))
-    write_shard(folder / str(part["shard"].iloc[0]), (row for row in loaded if row is not None))
-    return part[["path", "split"]].assign(error=[errors.get(path, "") for path in part["path"]])
+    rows = pa.Table.from_pandas(shard, preserve_index=False).to_pylist()  # a missing label as None
+    loaded = prefetch(load, rows, num_ahead=8, device=CPU)
+    write_shard(folder / str(shard["shard"].iloc[0]), (row for row in loaded if row is not None))
+    return shard[["path", "split"]].assign(error=[errors.get(path, "") for path in shard["path"]])
 
 
-def pack_on_ray(source: Source, parts: list[pd.DataFrame], plan: Plan, folder: Place) -> Iterator[pd.DataFrame]:
+def pack_on_ray(source: Source, shards: list[pd.DataFrame], plan: Plan, folder: Place) -> Iterator[pd.DataFrame]:
     """One task a shard, as many at a time as the plan has workers."""
     import ray.data
 
     plan = find_room(plan)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the driver's tqdm shows it
-    packed = ray.data.from_pandas(parts).map_batches(
+    packed = ray.data.from_pandas(shards).map_batches(
         cast(Any, pack_shard),
         fn_kwargs={"source": source, "folder": folder},
         batch_size=None,

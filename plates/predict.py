@@ -1,8 +1,7 @@
 """Predictions of the test split, from what the workers hand back: their table, their files and their score."""
 
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -29,34 +28,25 @@ class Predictions:
 def tabulate_predictions(predicted: Predicted, dataset: Dataset) -> Predictions:
     is_read = [sample.path not in predicted.errors for sample in dataset.test]
     logits, samples = predicted.logits[torch.tensor(is_read, dtype=torch.bool)], dataset.test.where(is_read)
-    columns = [f"p_{name}" for name in dataset.classes]
-    table = pd.DataFrame(logits.softmax(1).numpy(), columns=pd.Index(columns))
     paths = samples.table["path"].to_pandas()
     labels = pd.Series(dataset.classes, dtype=str).take(logits.argmax(1).tolist()).array
-    table = pd.concat([pd.DataFrame({"path": paths, "id": image_ids(paths), "label": labels}), table], axis=1)
-    figures: dict[str, float | int] = {
-        "test/num_images": len(table),
-        "test/num_unreadable": len(predicted.errors),
-    }
+    chances = pd.DataFrame(logits.softmax(1).numpy(), columns=pd.Index([f"p_{name}" for name in dataset.classes]))
+    table = pd.concat([pd.DataFrame({"path": paths, "id": image_ids(paths), "label": labels}), chances], axis=1)
+    figures: dict[str, float | int] = {"test/num_images": len(table), "test/num_unreadable": len(predicted.errors)}
     if len(samples) and not samples.table["label"].null_count:
         figures |= score(logits, samples.labels, dataset.classes, "test")
     skipped = [Skipped(path, "test", predicted.errors[path]) for path in sorted(predicted.errors)]
     return Predictions(table.sort_values("path", ignore_index=True), skipped, figures)
 
 
-def image_ids(paths: Iterable[str]) -> list[str]:
+def image_ids(paths: Collection[str]) -> list[str]:
     """The stem of each path; where stems collide, the path without suffix; where those do, the path."""
-    listed = list(paths)
-    ids = [PurePosixPath(path).stem for path in listed]
-    for longer in (lambda path: PurePosixPath(path).with_suffix("").as_posix(), lambda path: path):
-        places = defaultdict(list)
-        for place, name in enumerate(ids):
-            places[name].append(place)
-        for group in places.values():
-            if len(group) > 1:
-                for place in group:
-                    ids[place] = longer(listed[place])
-    return ids
+    ids = pd.Series([PurePosixPath(path).stem for path in paths], dtype=object)
+    texts = pd.Series([*paths], dtype=object)
+    for longer in (lambda path: str(PurePosixPath(path).with_suffix("")), str):
+        collide = ids.duplicated(keep=False)
+        ids[collide] = texts[collide].map(longer)
+    return ids.tolist()
 
 
 def write_predictions(run: Place, predictions: Predictions) -> None:

@@ -24,6 +24,7 @@ from plates.storage import Place, remove_tree
 PROBE_S = 60.0  # torch may have to be imported first
 SHM = Path("/dev/shm")
 MIN_SHM_BYTES = 1 << 30  # of a container: NCCL and Ray's object store share it, and Docker gives 64 MiB
+SHARE = "give a folder that all nodes share, or a URI"
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,7 @@ def probe_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = 
         with trial_folder(run) as folder:
             asked = (dataset.source, first_readable(dataset), folder, cache, versions())
             (folder / "driver").write_bytes(b"driver")
-            if plan.num_workers == 0:
-                return [probe_node(plan.device, *asked, False)]
-            return probe_on_ray(plan, asked, folder)
+            return probe_on_ray(plan, asked, folder) if plan.num_workers else [probe_node(plan.device, *asked, False)]
     except OSError as error:
         raise UserError(f"--out {run}: cannot be written ({error.strerror or error})") from error
 
@@ -72,16 +71,16 @@ def probe_nodes(plan: Plan, dataset: Dataset, run: Place, cache: Place | None = 
 @contextmanager
 def trial_folder(run: Place) -> Iterator[Place]:
     """A hidden folder in the run directory, which may be all that can be written; it goes, with what was made."""
-    made = [place for place in (run, *run.parents) if not place.exists()] if isinstance(run, Path) else []
+    made = [path for path in (run, *run.parents) if not path.exists()] if isinstance(run, Path) else []
     folder = run / f"{TRIAL_PREFIX}{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir(parents=True)
         yield folder
     finally:
         remove_tree(folder)
-        for place in made:
+        for path in made:
             with suppress(OSError):  # not empty: another job has begun in it
-                place.rmdir()
+                path.rmdir()
 
 
 def try_cache(cache: Place | None) -> list[str]:
@@ -90,23 +89,21 @@ def try_cache(cache: Place | None) -> list[str]:
         return []
     try:
         (cache / "features").mkdir(parents=True, exist_ok=True)
-        place = cache / "features" / f"{TRIAL_PREFIX}{uuid.uuid4().hex[:8]}"
-        place.write_bytes(b"")
-        place.unlink()
+        file = cache / "features" / f"{TRIAL_PREFIX}{uuid.uuid4().hex[:8]}"
+        file.write_bytes(b"")
+        file.unlink()
     except OSError as error:
-        what = error.strerror or error
-        return [f"PLATES_CACHE {cache}: cannot be written ({what}); set it to a folder or a URI that can"]
+        reason = error.strerror or error
+        return [f"PLATES_CACHE {cache}: cannot be written ({reason}); set it to a folder or a URI that can"]
     return []
 
 
 def first_readable(dataset: Dataset) -> str | None:
     """An image that the driver can read: what every node then must read too."""
     for sample in chain(dataset.train, dataset.test):
-        try:
+        with suppress(UnreadableImageError):
             dataset.source.read(sample.path)
-        except UnreadableImageError:
-            continue
-        return sample.path
+            return sample.path
     return None
 
 
@@ -127,18 +124,17 @@ def probe_on_ray(plan: Plan, asked: tuple[Any, ...], folder: Place) -> list[Prob
     probes = []
     for node, device, reference in waiting:
         try:
-            probes.append(ray.get(reference, timeout=PROBE_S))
+            probe: Probe = ray.get(reference, timeout=PROBE_S)
+            if not (folder / probe.node).exists():
+                unseen = f"what it writes into --out is not seen here; {SHARE}"
+                probe = replace(probe, problems=(*probe.problems, unseen))
         except RayError as error:
             name = f"{node['NodeManagerHostname']}:{node['NodeID'][-8:]}"
-            said = str(error).strip().splitlines()[-1]
-            problem = f"did not run the probe ({said}); is this program installed there?"
-            probes.append(Probe(name, device, None, {}, None, (problem,)))
-    written = {path.name for path in folder.iterdir()}
-    unseen = "what it writes into --out is not seen here; give a folder that all nodes share, or a URI"
-    return [
-        replace(probe, problems=(*probe.problems, unseen)) if probe.versions and probe.node not in written else probe
-        for probe in probes
-    ]
+            reason = str(error).strip().splitlines()[-1]
+            problem = f"did not run the probe ({reason}); is this program installed there?"
+            probe = Probe(name, device, None, {}, None, (problem,))
+        probes.append(probe)
+    return probes
 
 
 def probe_node(
@@ -156,33 +152,23 @@ def probe_node(
         (folder / node).write_bytes(b"node")
         (folder / "driver").read_bytes()
     except OSError as error:
-        what = error.strerror or error
-        problems.append(f"cannot use the driver's --out ({what}); give a folder that all nodes share, or a URI")
+        problems.append(f"cannot use the driver's --out ({error.strerror or error}); {SHARE}")
     try:
         if path:
             source.read(path)
     except UnreadableImageError as error:
-        problems.append(f"cannot read {path} of --data ({error}); give a folder that all nodes share, or a URI")
+        problems.append(f"cannot read {path} of --data ({error}); {SHARE}")
     problems += try_cache(cache)
     found = versions()
-    other = [f"{name} {found.get(name)}, the driver {value}" for name, value in expected.items()
-             if found.get(name) != value]  # fmt: skip
+    other = [f"{name} {found.get(name)}, the driver {expected[name]}" for name in expected
+             if found.get(name) != expected[name]]  # fmt: skip
     if other:
         problems.append(f"has {', '.join(other)}; install the same versions on all nodes")
-    if device == "cuda":
-        problems += check_cuda()
-    best = [best_precision(found) for found in devices_here(device)]
-    precision = min(best, key=LEAST_ABLE_FIRST.index, default=None)
+    if device == "cuda" and not torch.cuda.is_available():  # it would train on the CPU without a word
+        seen = f"(CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES')}); install a torch for its driver"
+        problems.append(f"Ray has a GPU here and torch {torch.__version__} sees none {seen}")
     shm_bytes = shutil.disk_usage(SHM).total if SHM.is_dir() else None
     if device == "cuda" and shm_bytes is not None and shm_bytes < MIN_SHM_BYTES:
         problems.append(f"has {shm_bytes >> 20} MiB of /dev/shm; start its container with --shm-size=8g")
+    precision = min(map(best_precision, devices_here(device)), key=LEAST_ABLE_FIRST.index, default=None)
     return Probe(node, device, shm_bytes, found, precision, tuple(problems))
-
-
-def check_cuda() -> list[str]:
-    """A Ray GPU whose torch sees none would train on the CPU without a word."""
-    if torch.cuda.is_available():
-        return []
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [f"Ray has a GPU here and torch {torch.__version__} sees none (CUDA_VISIBLE_DEVICES {seen}); "
-            "install a torch for its driver"]  # fmt: skip

@@ -7,7 +7,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -26,11 +27,13 @@ from plates.weights import resolve_weights
 BATCH_SIZE, NUM_LOADER_WORKERS = 8, 8
 
 
+@dataclass(frozen=True)
 class Images(TorchDataset):
     """Samples of a source, decoded and transformed one by one, as a notebook does."""
 
-    def __init__(self, source: Source, samples: Sequence[Sample], transform: v2.Compose) -> None:
-        self.source, self.samples, self.transform = source, samples, transform
+    source: Source
+    samples: Sequence[Sample]
+    transform: v2.Compose
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -41,16 +44,10 @@ class Images(TorchDataset):
 
 
 def time_published(
-    dataset: Dataset,
-    weights: Weights,
-    trainable: str,
-    image_size: int,
-    device: torch.device,
-    num_epochs: int,
-    limit_s: float,
+    dataset: Dataset, weights: Weights, device: torch.device, settings: dict[str, Any]
 ) -> dict[str, float | None]:
     """Seconds of training and of predicting the test split, after the first epochs no more of them where all
-    `num_epochs` would take more than `limit_s`.
+    `num_epochs` of the settings would take more than `limit_s`.
 
     fp32, batch 8, loaders with 8 workers made anew each epoch, validation every epoch, batch norm in train mode, the
     test split in the main process: the course project's loop.
@@ -58,16 +55,17 @@ def time_published(
     Returns: startup_s, train_s, inference_s; num_epochs that were run, and steady_images_per_sec, val/loss and
         val/accuracy after the last of them.
     """
+    image_size, num_epochs = settings["image_size"], settings["num_epochs"]
     preprocessing = preprocessing_of(weights.backbone, image_size)
     to_input = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocessing.mean, preprocessing.std)]
     augment = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), *to_input])
     resize = v2.Compose([v2.Resize([image_size, image_size], antialias=True), *to_input])
     loaders = [
-        (DataLoader(Images(dataset.source, samples, transform), BATCH_SIZE, shuffle, num_workers=NUM_LOADER_WORKERS))
+        DataLoader(Images(dataset.source, samples, transform), BATCH_SIZE, shuffle, num_workers=NUM_LOADER_WORKERS)
         for samples, transform, shuffle in ((dataset.train, augment, True), (dataset.val, resize, False))
     ]
     model = build_classifier(weights.backbone, weights.state, len(dataset.classes), 0, image_size).to(device)
-    optimizer = torch.optim.Adam(set_trainable(model, trainable), lr=1e-3)
+    optimizer = torch.optim.Adam(set_trainable(model, settings["trainable"]), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
     pace, val_loss, val_accuracy, epoch = Pace(), None, None, 0
     synchronize(device)
@@ -89,7 +87,8 @@ def time_published(
         scheduler.step()
         val_loss, val_accuracy = metrics.divide(val_sums)
         pace.count(len(dataset.train) + len(dataset.val))
-        if epoch == NUM_PUBLISHED_EPOCHS and (time.perf_counter() - start_s) / epoch * num_epochs > limit_s:
+        all_s = (time.perf_counter() - start_s) / epoch * num_epochs
+        if epoch == NUM_PUBLISHED_EPOCHS and all_s > settings["limit_s"]:
             break
     synchronize(device)
     train_s = time.perf_counter() - start_s
@@ -126,9 +125,8 @@ def main(argv: list[str]) -> int:
     if settings["skip_unreadable"]:
         dataset, num_unreadable = leave_out_unreadable(dataset)
     weights = resolve_weights(*(settings[name] for name in ("backbone", "weights", "seed", "image_size")))
-    shape = [settings["trainable"], settings["image_size"], device, settings["num_epochs"], settings["limit_s"]]
     measured = {
-        **time_published(dataset, weights, *shape),
+        **time_published(dataset, weights, device, settings),
         "num_train": len(dataset.train),
         "num_test": len(dataset.test),
         "num_threads": torch.get_num_threads(),

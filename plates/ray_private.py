@@ -70,14 +70,10 @@ def ask_alive(address: str, token: str | None, certificates: list[bytes] | None,
     import grpc
 
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
-    if certificates:
-        opened = grpc.secure_channel(address, grpc.ssl_channel_credentials(*certificates))
-    else:
-        opened = grpc.insecure_channel(address)
-    with opened as channel:
-        ask = channel.unary_unary(CHECK_ALIVE)
+    tls = grpc.ssl_channel_credentials(*certificates) if certificates else None
+    with grpc.secure_channel(address, tls) if tls else grpc.insecure_channel(address) as channel:
         try:
-            ask(b"", timeout=timeout_s, metadata=metadata)
+            channel.unary_unary(CHECK_ALIVE)(b"", timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             return cast(grpc.Call, error).code()
     return grpc.StatusCode.OK

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from plates.storage import Place, UriPath, place_of, remove_tree
 
 CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
 TRIAL_PREFIX = ".plates-"  # of what a preflight writes, and cannot delete when it is killed
-STATE_FILE = ".state.safetensors"  # of unfinished training
+STATE_FILE = ".state.pt"  # of unfinished training
 FEATURES_FOLDER = ".features"  # of a trunk that was trained, gone when the run is finished
 BEAT_S, STALE_S = 20.0, 60.0  # a driver on another machine that gave no sign for so long is taken to be gone
 
@@ -36,9 +35,7 @@ BEAT_S, STALE_S = 20.0, 60.0  # a driver on another machine that gave no sign fo
 def find_run(out: str | None, job: str, config: Any) -> Place:
     """The run directory for these settings, an absolute path or a URI; nothing is made yet.
 
-    A fresh or empty directory is fine, and so is an unfinished run of the same job and settings.
-
-    Raises: UserError for a finished run, a run of other settings, or a directory of other things or closed to us.
+    Raises: UserError where it is neither empty nor an unfinished run of the same job and settings, or closed to us.
     """
     assert out, "run_job gives every run a directory"
     run = place_of("--out", out)
@@ -50,12 +47,9 @@ def find_run(out: str | None, job: str, config: Any) -> Place:
 
 
 def claim_run(run: Place, job: str, config: Any, resolved: dict[str, Any]) -> None:
-    """Makes the directory, locks it and writes config.json, unfinished.
-
-    Raises: UserError where it cannot be written, or another process is at work in it.
-    """
+    """Makes the directory, locks it and writes config.json, unfinished. Raises: UserError where any of it fails."""
+    settings = requested(job, config)
     try:
-        settings = requested(job, config)
         run.mkdir(parents=True, exist_ok=True)
         lock_run(run)
         check_claimable(run, settings)  # now that no other process can finish it
@@ -67,10 +61,9 @@ def claim_run(run: Place, job: str, config: Any, resolved: dict[str, Any]) -> No
 def lock_run(run: Place) -> None:
     """Takes the directory for this process until it ends or `finish_run`. Raises: UserError where it is taken.
 
-    On a disk the kernel keeps the lock (flock) and frees it with the process, however that ends and whatever its host
-    is called. It reaches over machines where the file system carries it, as Linux's NFS does, whose server frees it
-    some 90 s after a machine went away. In an object store, where no lock reaches, it is a record of who holds it,
-    touched as long as the holder lives; of two that write it at once the last one has it.
+    On a disk the kernel keeps the lock (flock) and frees it with the process; over machines, too, where the file
+    system carries it, as Linux's NFS does, whose server frees it some 90 s after a machine went away. In an object
+    store it is a record of the holder, written again as long as that lives; of two at once the last one has it.
     """
     path = run / LOCK_FILE
     if isinstance(path, Path):
@@ -81,13 +74,9 @@ def lock_run(run: Place) -> None:
         except Timeout:
             raise UserError(f"--out {run}: another process is at work in it; wait, or give another") from None
         return
-    me = {
-        "host": socket.gethostname(),
-        "processes": process_table(),
-        "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
-    }
-    if path.exists() and is_held(holder := json.loads(path.read_text()), me, time.time() - path.stat().st_mtime):
+    me = {"host": socket.gethostname(), "processes": process_table(), "pid": os.getpid()}
+    me["started"] = psutil.Process().create_time()
+    if path.exists() and is_held(holder := json.loads(path.read_text()), me, time.time() - path.changed_at_s()):
         raise UserError(
             f"--out {run}: process {holder['pid']} on {holder['host']} is at work in it; wait, or give another"
         )
@@ -124,24 +113,19 @@ def is_held(holder: dict[str, Any], me: dict[str, Any], age_s: float) -> bool:
         return False
 
 
-def keep_lock(path: Place) -> None:
+def keep_lock(path: UriPath) -> None:
     """Gives a sign of life until the lock is gone."""
     while True:
         try:
             if not path.exists():
                 return
-            path.touch()
+            path.write_bytes(path.read_bytes())
         except OSError as error:  # of a store that does not answer now; the next sign may reach it
             logging.getLogger(__name__).warning("%s: no sign of life (%s)", path, error)
         time.sleep(BEAT_S)
 
 
-def write_results(
-    run: Place,
-    figures: dict[str, float | int],
-    timing: pd.DataFrame,
-    skipped: Sequence[Any],
-) -> None:
+def write_results(run: Place, figures: dict[str, float | int], timing: pd.DataFrame, skipped: Sequence[Any]) -> None:
     """metrics.json, timing.csv and, where images could not be read, skipped.csv; device names into config.json."""
     write_json(run / "metrics.json", figures)
     write_csv(run / "timing.csv", timing)
@@ -192,57 +176,45 @@ def check_claimable(run: Place, settings: dict[str, Any]) -> None:
 def requested(job: str, config: Any) -> dict[str, Any]:
     """The settings that make two runs the same run: all but where it is written, and how long it may wait."""
     settings = json.loads(json.dumps(asdict(config)))  # as it will be read back: a tuple is a list there
-    settings = {name: value for name, value in settings.items() if name not in ("out", "wait_for_nodes_s")}
-    return {"job": job, **settings}
+    return {"job": job} | {name: settings[name] for name in settings if name not in ("out", "wait_for_nodes_s")}
 
 
-def write_whole(path: Place, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a temporary file, beside `path` where that is a disk, then moves it into place."""
+def write_atomically(path: Place, write: Callable[[Path], object]) -> None:
+    """Calls `write` on a temporary file, beside `path` where that is a disk, then moves it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent if isinstance(path, Path) else None, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    beside = path.parent if isinstance(path, Path) else None
     try:
-        write(temporary)
-        if isinstance(path, UriPath):
-            path.upload(temporary)
-        else:
-            temporary.chmod(0o666 & ~current_umask())
-            temporary.replace(path)
+        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.name}.") as folder:
+            temporary = Path(folder, path.name)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # by the user's umask; safetensors makes its files private
+            write(temporary)
+            if isinstance(path, UriPath):
+                path.upload(temporary)
+            else:
+                temporary.chmod(mode)
+                temporary.replace(path)
     except (OSError, SafetensorError) as error:  # not every library names the file, nor tells the error as such
-        told = re.search(r"os error (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else told and int(told[1])
+        in_text = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else in_text and int(in_text[1])
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def current_umask() -> int:
-    """mkstemp makes files private; a run directory follows the user's umask like any other output."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Place, value: Any) -> None:
     """JSON has no infinities and no NaN: what is not finite is null."""
-    text = json.dumps(only_finite(value), indent=2, allow_nan=False)
-    write_whole(path, lambda file: file.write_text(text + "\n"))
+    text = json.dumps(only_finite(value), indent=2)
+    write_atomically(path, lambda file: file.write_text(text + "\n"))
 
 
 def only_finite(value: Any) -> Any:
-    """The value with None for every number in it that is not finite."""
-    if isinstance(value, dict):
-        return {key: only_finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [only_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
+    """The value as JSON gives it back, with None for every number in it that is not finite."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def write_csv(path: Place, table: pd.DataFrame) -> None:
-    write_whole(path, lambda file: table.to_csv(file, index=False))
+    write_atomically(path, lambda file: table.to_csv(file, index=False))
 
 
 def read_csv(path: Place, **options: Any) -> pd.DataFrame:
@@ -250,4 +222,4 @@ def read_csv(path: Place, **options: Any) -> pd.DataFrame:
 
 
 def write_parquet(path: Place, table: pd.DataFrame) -> None:
-    write_whole(path, lambda file: table.to_parquet(file, index=False))
+    write_atomically(path, lambda file: table.to_parquet(file, index=False))

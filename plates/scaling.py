@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from scipy.optimize import nnls
 
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PUBLISHED_LIMIT_S, BenchmarkConfig, ModelConfig
 from plates.dataset import DEFAULT_NUM_SYNTHETIC
-from plates.rundir import read_csv, write_whole
+from plates.rundir import read_csv, write_atomically
 from plates.storage import Place, remove_tree
 
 PHASES = ["startup_s", "data_s", "train_s", "inference_s", "teardown_s", "total_s"]
 STARTUP_PARTS = ["startup_process_s", "startup_ray_s", "startup_group_s"]
 RATES = ["train_images_per_sec", "steady_images_per_sec", "inference_images_per_sec"]
 SETUP = ["device_name", "num_nodes", "threads_per_worker", "precision", "global_batch_size"]
+SCORES = ["val/accuracy", "val/loss"]
 BASELINE_SETTINGS = ("data", "backbone", "weights", "trainable", "image_size", "seed", "skip_unreadable")
 ROW_FOLDER = ".row"  # of the run being measured, inside the benchmark's
 MIN_COUNTS_TO_FIT = 4
@@ -76,10 +77,23 @@ def measure_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, keep: P
 
     Returns: a row of benchmark.csv, with the exit code; where it cannot run here, one whose `reason` says why.
     """
-    blank = {"row": row.name, "kind": row.kind, "device": row.device, "num_workers": row.num_workers}
     folder = keep / ROW_FOLDER
+    run, environment = folder / "run", {**os.environ, "PLATES_CACHE": str(folder / "cache")}
+    command, start_s = command_of(row, config, cpus_per_worker, run), time.perf_counter()
     try:
-        return blank | run_row(row, config, cpus_per_worker, folder, keep)
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        wall_s = time.perf_counter() - start_s
+        measured = {"row": row.name, **asdict(row), "exit_code": ended.returncode}
+        if ended.returncode not in (EXIT_OK, EXIT_SOME_UNREADABLE):
+            said = (ended.stderr.strip() or "it said nothing").splitlines()
+            return {**measured, "reason": f"exit code {ended.returncode}: {said[-1]}"}
+        if row.kind == "published":
+            return measured | extrapolate(json.loads(ended.stdout.splitlines()[-1]), config, wall_s)
+        for name in ("predictions.csv", "skipped.csv"):
+            if (run / name).exists():
+                text = (run / name).read_bytes()  # as it is: read as a table, an id 0001 would be 1
+                write_atomically(keep / name, partial(Path.write_bytes, data=text))
+        return measured | read_run(run, wall_s)
     finally:
         remove_tree(folder)
 
@@ -92,25 +106,6 @@ def command_of(row: Row, config: BenchmarkConfig, cpus_per_worker: int, run: Pla
     command = [sys.executable, "-m", "ray_jobs.train", "--out", str(run), "--device", row.device]
     command += ["--num-workers", str(row.num_workers), *flags_of(config, row.num_workers)]
     return [*command, "--cpus-per-worker", str(cpus_per_worker)] if row.num_workers else command
-
-
-def run_row(row: Row, config: BenchmarkConfig, cpus_per_worker: int, folder: Place, keep: Place) -> dict[str, Any]:
-    run, environment = folder / "run", {**os.environ, "PLATES_CACHE": str(folder / "cache")}
-    command = command_of(row, config, cpus_per_worker, run)
-    start_s = time.perf_counter()
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    wall_s = time.perf_counter() - start_s
-    code = {"exit_code": ended.returncode}
-    if ended.returncode not in (EXIT_OK, EXIT_SOME_UNREADABLE):
-        said = (ended.stderr.strip() or "it said nothing").splitlines()
-        return {**code, "reason": f"exit code {ended.returncode}: {said[-1]}"}
-    if row.kind == "published":
-        return code | extrapolate(json.loads(ended.stdout.splitlines()[-1]), config, wall_s)
-    for name in ("predictions.csv", "skipped.csv"):
-        if (run / name).exists():
-            text = (run / name).read_bytes()  # as it is: read as a table, an id 0001 would be 1
-            write_whole(keep / name, partial(Path.write_bytes, data=text))
-    return code | read_run(run, wall_s)
 
 
 def flags_of(config: BenchmarkConfig, num_workers: int) -> list[str]:
@@ -156,27 +151,21 @@ def extrapolate(measured: dict[str, Any], config: BenchmarkConfig, wall_s: float
 
 def read_run(run: Place, wall_s: float) -> dict[str, Any]:
     """What a finished run's files say; teardown is what the process took beyond them."""
-    described = json.loads((run / "config.json").read_text())
-    metrics = json.loads((run / "metrics.json").read_text())
+    described, metrics = (json.loads((run / name).read_text()) for name in ("config.json", "metrics.json"))
     timing = read_csv(run / "timing.csv")
-    whole = timing.iloc[0]
-    workers = timing.iloc[1:]
-    phases = {name: float(whole[name]) for name in PHASES if name != "teardown_s" and name != "total_s"}
+    totals, workers = timing.iloc[0], timing.iloc[1:]
+    phases = {name: float(totals[name]) for name in ("startup_s", "data_s", "train_s", "inference_s")}
     return {
         "device_name": ", ".join(described["device_names"]),
         "num_nodes": int(workers["node"].nunique()),
-        "threads_per_worker": described["threads_per_worker"],
-        "precision": described["precision"],
-        "global_batch_size": described["global_batch_size"],
+        **{name: described[name] for name in ("threads_per_worker", "precision", "global_batch_size")},
         "num_epochs": described["epochs"],
         **phases,
         **described["timing"],
         "teardown_s": wall_s - sum(phases.values()),
         "total_s": wall_s,
-        "train_images_per_sec": float(whole["train_images_per_sec"]),
-        "inference_images_per_sec": float(whole["inference_images_per_sec"]),
-        "val/loss": metrics["val/loss"],
-        "val/accuracy": metrics["val/accuracy"],
+        **{name: float(totals[name]) for name in ("train_images_per_sec", "inference_images_per_sec")},
+        **{name: metrics[name] for name in ("val/loss", "val/accuracy")},
         "device_seconds": wall_s * max(1, len(workers)),
         "is_extrapolated": False,
     }
@@ -184,30 +173,29 @@ def read_run(run: Place, wall_s: float) -> dict[str, Any]:
 
 def summarize(repeats: pd.DataFrame, scaling: str = "strong") -> list[dict[str, Any]]:
     """One entry a row, in first-seen order: min, median and max of each phase, medians of rates, speed-ups."""
+    columns = ["reason", *SETUP, *PHASES, *STARTUP_PARTS, *RATES, *SCORES, "device_seconds"]
+    repeats = repeats.reindex(columns=repeats.columns.union(columns, sort=False))
     entries: list[dict[str, Any]] = []
     for name, group in repeats.groupby("row", sort=False):
         first = group.iloc[0]
-        entry: dict[str, Any] = {key: first[key] for key in ("kind", "device", "num_workers")} | {"row": str(name)}
-        entry["num_workers"] = int(entry["num_workers"])
-        reasons = group["reason"].dropna() if "reason" in group else pd.Series(dtype=str)
-        if len(reasons):
-            entries.append({**entry, "reason": str(reasons.iloc[0])})
+        entry = {"kind": first["kind"], "device": first["device"], "num_workers": int(first["num_workers"])}
+        entry["row"] = str(name)
+        entries.append(entry)
+        if group["reason"].notna().any():
+            entry["reason"] = group["reason"].dropna().iloc[0]
             continue
-        for key in SETUP:
-            entry[key] = first[key] if isinstance(first[key], str) else int(first[key])  # floats beside a failed row
+        # Whole numbers are floats beside a row that failed.
+        entry |= {key: first[key] if isinstance(first[key], str) else int(first[key]) for key in SETUP}
         entry["is_extrapolated"] = bool(group["is_extrapolated"].any())
         entry["num_repeats"] = len(group)
         entry["num_epochs"] = int(group["num_epochs"].min())
-        for phase in (*PHASES, *STARTUP_PARTS):
-            values = group[phase].dropna().to_numpy() if phase in group else np.array([])
-            if len(values):
-                entry[phase] = {name: float(getattr(np, name)(values)) for name in ("min", "median", "max")}
+        phases = group[[*PHASES, *STARTUP_PARTS]].astype(float)
+        entry |= phases.agg(["min", "median", "max"]).dropna(axis=1).to_dict()
         alike = group[group["num_epochs"] == entry["num_epochs"]]  # of the published loop near its limit not all are
-        for key in (*RATES, "val/accuracy", "val/loss", "device_seconds"):
-            value = pd.to_numeric((alike if key.startswith("val/") else group)[key]).median()
-            entry[key] = None if pd.isna(value) else float(value)
+        for key, values in [*group[[*RATES, "device_seconds"]].items(), *alike[SCORES].items()]:
+            median = values.astype(float).median()
+            entry[str(key)] = None if np.isnan(median) else float(median)
         entry["train_images_per_sec_per_worker"] = entry["train_images_per_sec"] / max(1, entry["num_workers"])
-        entries.append(entry)
     add_speedups(entries, scaling)
     return entries
 
@@ -238,23 +226,20 @@ def fit_model(entries: list[dict[str, Any]], scaling: str = "strong") -> dict[st
     """
     if scaling == "weak":
         return {"reason": "the work grows with the workers; the efficiency is T(1) / T(N) of training"}
-    by_device: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        if entry["kind"] == "plates" and entry["num_workers"] and "reason" not in entry:
-            by_device.setdefault(entry["device"], []).append(entry)
-    points = max(by_device.values(), key=len, default=[])
+    usable = [e for e in entries if e["num_workers"] and "reason" not in e]
+    devices = dict.fromkeys(e["device"] for e in usable)
+    points = max(([e for e in usable if e["device"] == device] for device in devices), key=len, default=[])
     if len(points) < MIN_COUNTS_TO_FIT:
         return {"reason": f"{len(points)} worker counts measured; a fit needs {MIN_COUNTS_TO_FIT}"}
     counts = np.array([point["num_workers"] for point in points], dtype=float)
-    startup_s = float(np.median([point["startup_s"]["median"] for point in points]))
-    rest = np.array([point["total_s"]["median"] - point["startup_s"]["median"] for point in points])
-    (serial_s, parallel_s), _ = nnls(np.stack([np.ones_like(counts), 1 / counts], axis=1), rest)
+    startups, totals = (np.array([point[name]["median"] for point in points]) for name in ("startup_s", "total_s"))
+    (serial_s, parallel_s), _ = nnls(np.stack([np.ones_like(counts), 1 / counts], axis=1), totals - startups)
+    startup_s = float(np.median(startups))
 
-    def predict_s(count: float) -> float:
+    def predict_s(count: Any) -> Any:
         return startup_s + serial_s + parallel_s / count
 
-    most = int(counts.max())
-    enough = 1
+    most, enough = int(counts.max()), 1
     while enough < 2**20 and predict_s(2 * enough) < (1 - WORTHWHILE_GAIN) * predict_s(enough):
         enough *= 2
     return {
@@ -262,7 +247,7 @@ def fit_model(entries: list[dict[str, Any]], scaling: str = "strong") -> dict[st
         "startup_s": startup_s,
         "serial_s": float(serial_s),
         "parallel_s": float(parallel_s),
-        "residuals_s": [float(t + startup_s - predict_s(n)) for n, t in zip(counts, rest, strict=True)],
+        "residuals_s": (totals - startups + startup_s - predict_s(counts)).tolist(),
         "predicted_total_s": {str(count): predict_s(count) for count in (2 * most, 4 * most)},
         "workers_past_which_doubling_saves_under_10_percent": enough,
     }

@@ -1,23 +1,18 @@
 """A data set packed into Parquet shards: encoded images in row groups that are read one at a time."""
 
-import bisect
 import functools
 import json
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow.compute import index_in  # pyright: ignore[reportAttributeAccessIssue]
-from torch import Tensor
 
 from plates.config import UserError
-from plates.images import UnreadableImageError, decode
-from plates.rundir import write_whole
+from plates.rundir import write_atomically
 from plates.storage import Place
 
 INDEX_FILE, FORMAT = "dataset.json", 1
@@ -25,45 +20,6 @@ IMAGES_PER_ROW_GROUP, BYTES_PER_ROW_GROUP = 64, 4 << 20  # read at once; whichev
 IMAGES_PER_SHARD = 2048
 NUM_KEPT = 12  # row groups of a process: the 8 that an epoch's order mixes, and some of the next 8
 SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in ("path", "label", "split", "sha256"))])
-
-
-@dataclass(frozen=True)
-class ShardSource:
-    """Images of prepared shards, found in the index that the driver reads once.
-
-    `index`: a row an image, in path order: path, digest (32 bytes), shard, row_group and row.
-    """
-
-    root: Place
-    index: pa.Table
-
-    def find(self, path: str) -> dict[str, Any]:
-        paths = self.index["path"].chunk(0)
-        place = bisect.bisect_left(paths, path, key=lambda scalar: scalar.as_py())
-        return {name: self.index[name][place].as_py() for name in self.index.column_names}
-
-    def read(self, path: str) -> Tensor:
-        """(3, H, W) uint8 RGB."""
-        return decode(self.read_bytes(path))
-
-    def read_bytes(self, path: str) -> bytes:
-        row = self.find(path)
-        try:
-            return row_group(self.root / row["shard"], row["row_group"]).read()[row["row"]].as_py()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UnreadableImageError(f"{row['shard']}: {error}") from error
-
-    def digest(self, path: str) -> bytes:
-        """As it was stored when the image was decoded and packed."""
-        return self.find(path)["digest"]
-
-    check = digest
-
-    def groups_of(self, paths: pa.ChunkedArray) -> np.ndarray:
-        """(N,) int64, the number of the row group that each image lies in."""
-        places = index_in(paths, value_set=self.index["path"])
-        found = self.index.select(["shard", "row_group"]).take(places).to_pandas()
-        return found.groupby(["shard", "row_group"], observed=True).ngroup().to_numpy(np.int64, copy=True)
 
 
 class RowGroup:
@@ -87,10 +43,6 @@ def row_group(shard: Place, number: int) -> RowGroup:
     return RowGroup(shard, number)
 
 
-def is_prepared(folder: Place) -> bool:
-    return (folder / INDEX_FILE).exists()
-
-
 def write_shard(path: Place, rows: Iterable[dict[str, Any]]) -> None:
     """One shard, whole or not at all; no more than one row group of it is in memory."""
 
@@ -108,7 +60,7 @@ def write_shard(path: Place, rows: Iterable[dict[str, Any]]) -> None:
             if group:
                 writer.write_table(pa.Table.from_pylist(group, SCHEMA))
 
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 def read_index(folder: Place) -> tuple[tuple[str, ...], pa.Table]:
@@ -125,15 +77,13 @@ def read_index(folder: Place) -> tuple[tuple[str, ...], pa.Table]:
             with pq.ParquetFile((folder / shard).open("rb")) as file:
                 part = file.read(columns=["path", "label", "split", "sha256"])
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            digests = [bytes.fromhex(digest) for digest in part["sha256"].to_pylist()]
-            columns = {
-                "digest": pa.array(digests, pa.binary(32)),
-                "shard": pa.DictionaryArray.from_arrays(pa.array([0] * len(part), pa.int32()), [shard]),
-                "row_group": pa.array(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)),
-                "row": pa.array([row for size in sizes for row in range(size)], pa.int32()),
-            }
-            parts.append(pa.table({**{name: part[name] for name in ("path", "label", "split")}, **columns}))
-        whole = pa.concat_tables(parts).unify_dictionaries()
-        return tuple(described["classes"]), whole.sort_by("path").combine_chunks()
+            digests = pa.array(map(bytes.fromhex, part["sha256"].to_pylist()), pa.binary(32))
+            one_shard = pa.DictionaryArray.from_arrays(pa.array([0] * len(part), pa.int32()), [shard])
+            row_groups = pa.array(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
+            rows = pa.array([row for size in sizes for row in range(size)], pa.int32())
+            part = part.set_column(3, "digest", digests).append_column("shard", one_shard)
+            parts.append(part.append_column("row_group", row_groups).append_column("row", rows))
+        index = pa.concat_tables(parts).unify_dictionaries()
+        return tuple(described["classes"]), index.sort_by("path").combine_chunks()
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise UserError(f"--data {folder}: its shards are damaged ({error}); prepare it again") from error

@@ -1,56 +1,49 @@
 """Where the pixels of a data set are: folders of images, prepared shards, drawings."""
 
+import bisect
 import functools
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
 
 from plates import synthetic
 from plates.images import UnreadableImageError, decode
+from plates.shards import row_group
 from plates.storage import Place
 
 
-class Source(Protocol):
-    """Where the pixels are; small, and sent to every worker."""
+class Source(ABC):
+    """Where the pixels are; small, and sent to every worker. All methods raise UnreadableImageError."""
 
-    def read(self, path: str) -> Tensor:
-        """(3, H, W) uint8 RGB. Raises: UnreadableImageError."""
-        ...
-
+    @abstractmethod
     def read_bytes(self, path: str) -> bytes:
-        """The encoded image. Raises: UnreadableImageError."""
-        ...
+        """The encoded image."""
 
+    @abstractmethod
     def digest(self, path: str) -> bytes:
-        """The SHA-256 of what `read` decodes, 32 bytes. Raises: UnreadableImageError."""
-        ...
+        """The SHA-256 of what `read` decodes, 32 bytes."""
 
     def check(self, path: str) -> bytes:
-        """The same, once it is sure that `read` will succeed. Raises: UnreadableImageError."""
-        ...
+        """The digest, once it is sure that `read` will succeed."""
+        return self.digest(path)
+
+    def read(self, path: str) -> Tensor:
+        """(3, H, W) uint8 RGB."""
+        return decode(self.read_bytes(path))
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Source):
     root: Place
-
-    def read(self, path: str) -> Tensor:
-        return decode(self.read_bytes(path))
-
-    def digest(self, path: str) -> bytes:
-        return hashlib.sha256(self.read_bytes(path)).digest()
-
-    def check(self, path: str) -> bytes:
-        data = self.read_bytes(path)
-        decode(data)
-        return hashlib.sha256(data).digest()
 
     def read_bytes(self, path: str) -> bytes:
         try:
@@ -60,9 +53,43 @@ class FolderSource:
                 raise UnreadableImageError("its name is not UTF-8; rename it") from error
             raise UnreadableImageError(error.strerror or str(error)) from error
 
+    def digest(self, path: str) -> bytes:
+        return hashlib.sha256(self.read_bytes(path)).digest()
+
+    def check(self, path: str) -> bytes:
+        data = self.read_bytes(path)
+        decode(data)
+        return hashlib.sha256(data).digest()
+
 
 @dataclass(frozen=True)
-class SyntheticSource:
+class ShardSource(Source):
+    """Images of prepared shards, found in the index that the driver reads once.
+
+    `index`: a row an image, in path order: path, digest (32 bytes), shard, row_group and row.
+    """
+
+    root: Place
+    index: pa.Table
+
+    def find(self, path: str) -> dict[str, Any]:
+        index = bisect.bisect_left(self.index["path"].chunk(0), path, key=lambda scalar: scalar.as_py())
+        return {name: self.index[name][index].as_py() for name in self.index.column_names}
+
+    def read_bytes(self, path: str) -> bytes:
+        row = self.find(path)
+        try:
+            return row_group(self.root / row["shard"], row["row_group"]).read()[row["row"]].as_py()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UnreadableImageError(f"{row['shard']}: {error}") from error
+
+    def digest(self, path: str) -> bytes:
+        """As it was stored when the image was decoded and packed."""
+        return self.find(path)["digest"]
+
+
+@dataclass(frozen=True)
+class SyntheticSource(Source):
     seed: int
 
     def read(self, path: str) -> Tensor:
@@ -78,8 +105,6 @@ class SyntheticSource:
         """A drawing follows from the drawing program, its libraries, the seed and the path; nothing is drawn here."""
         key = f"{drawing_program()}/{Image.__version__}/{np.__version__}/{self.seed}/{path}"
         return hashlib.sha256(key.encode()).digest()
-
-    check = digest
 
 
 @functools.cache

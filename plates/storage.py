@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from pyarrow import fs
@@ -15,12 +14,11 @@ from pyarrow import fs
 from plates.config import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class UriPath:
-    """A file or folder of an object store; pyarrow.fs reads and writes it.
+    """A file or folder of an object store, by pyarrow.fs, which finds credentials and regions in the environment.
 
     A folder exists where something lies under it, and a file is written whole or not at all, as the store does it.
-    Credentials and regions come from the environment, as pyarrow finds them.
     """
 
     base: str  # SCHEME://BUCKET/KEY without a slash at its end; a key may hold any character
@@ -28,16 +26,12 @@ class UriPath:
     known_type: fs.FileType | None = field(default=None, compare=False)  # of a listing, which saves a request
 
     @property
-    def _pure(self) -> PurePosixPath:
-        return PurePosixPath(self.base.partition("://")[2])
-
-    @property
     def name(self) -> str:
-        return self._pure.name
+        return self.base.rpartition("/")[2]
 
     @property
     def suffix(self) -> str:
-        return self._pure.suffix
+        return PurePosixPath(self.name).suffix
 
     @property
     def parent(self) -> "UriPath":
@@ -49,39 +43,34 @@ class UriPath:
     def __str__(self) -> str:
         return f"{self.base}?{self.query}" if self.query else self.base
 
-    def __lt__(self, other: "UriPath") -> bool:
-        return self._pure < other._pure
-
-    def absolute(self) -> "UriPath":
-        return self
-
     def relative_to(self, other: "UriPath") -> PurePosixPath:
-        return self._pure.relative_to(other._pure)
+        return PurePosixPath(self.base).relative_to(PurePosixPath(other.base))
 
-    def _open_store(self) -> tuple[fs.FileSystem, str]:
+    @property
+    def path(self) -> str:
+        """BUCKET/KEY, as the store takes it."""
+        return self.base.partition("://")[2]
+
+    @property
+    def store(self) -> fs.FileSystem:
         scheme, _, path = self.base.partition("://")
-        return connect(f"{scheme}://{path.partition('/')[0]}", self.query), path
+        return connect(f"{scheme}://{path.partition('/')[0]}", self.query)
 
-    def _type(self) -> fs.FileType:
-        if self.known_type is None:
-            store, path = self._open_store()
-            return store.get_file_info(path).type
-        return self.known_type
+    def info(self) -> fs.FileInfo:
+        return self.store.get_file_info(self.path)
 
     def exists(self) -> bool:
-        return self._type() != fs.FileType.NotFound
+        return (self.known_type or self.info().type) != fs.FileType.NotFound
 
     def is_dir(self) -> bool:
-        return self._type() == fs.FileType.Directory
+        return (self.known_type or self.info().type) == fs.FileType.Directory
 
     def iterdir(self) -> Iterator["UriPath"]:
-        store, path = self._open_store()
-        for info in store.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+        for info in self.store.get_file_info(fs.FileSelector(self.path, allow_not_found=True)):
             yield UriPath(f"{self.base}/{info.base_name}", self.query, info.type)
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
-        store, path = self._open_store()
-        return store.open_input_file(path)  # pyright: ignore[reportReturnType]
+        return self.store.open_input_file(self.path)  # pyright: ignore[reportReturnType]
 
     def read_bytes(self) -> bytes:
         with self.open() as file:
@@ -99,28 +88,20 @@ class UriPath:
     def upload(self, file: Path) -> None:
         """Writes what a file of this machine holds.
 
-        In one call of Arrow's, which Ctrl-C does not interrupt: a stream that is closed on the way out, by an
-        exception or by being forgotten, puts what it has of the file in the place of the whole.
+        One call of Arrow's, which Ctrl-C does not interrupt: a stream that an exception closes stores half a file.
         """
-        store, path = self._open_store()
-        fs.copy_files(str(file), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=store)
+        fs.copy_files(str(file), self.path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.store)
 
-    def touch(self) -> None:
-        self.write_bytes(self.read_bytes())
-
-    def stat(self) -> SimpleNamespace:
-        """`st_mtime` in seconds since the epoch, 0 where there is no file."""
-        store, path = self._open_store()
-        changed = store.get_file_info(path).mtime
-        return SimpleNamespace(st_mtime=changed.timestamp() if changed else 0.0)
+    def changed_at_s(self) -> float:
+        """When it was written, in seconds since the epoch; 0 where there is no file."""
+        return (self.info().mtime_ns or 0) / 1e9
 
     def mkdir(self, **_: Any) -> None:
         """Folders of an object store come with their files."""
 
     def unlink(self, missing_ok: bool = False) -> None:
-        store, path = self._open_store()
         with suppress(FileNotFoundError) if missing_ok else nullcontext():
-            store.delete_file(path)
+            self.store.delete_file(self.path)
 
 
 Place: TypeAlias = Path | UriPath
@@ -133,33 +114,31 @@ def connect(root: str, query: str) -> fs.FileSystem:
 
 
 def place_of(flag: str, text: str) -> Place:
-    """The place that a setting names: a URI, or an absolute path on this machine.
+    """The URI, or absolute path on this machine, that a setting names.
 
-    Raises: UserError where it is not named in UTF-8 or cannot be looked up, or the URI holds credentials, is of an
-        unknown kind, or its store does not answer.
+    Raises: UserError where it is not named in UTF-8, cannot be looked up, or holds credentials.
     """
     is_uri, rest = "://" in text, text.partition("://")[2]
     if is_uri and ("@" in rest.partition("/")[0] or "secret_key=" in text or "access_key=" in text):
         raise UserError(f"{flag}: credentials do not belong in a URI; set them in the environment")
     base, _, query = text.partition("?")
     try:
-        place = UriPath(base.rstrip("/"), query) if is_uri else Path(text).expanduser().absolute()
-        str(place).encode()
-        place.exists()
+        named = UriPath(base.rstrip("/"), query) if is_uri else Path(text).expanduser().absolute()
+        str(named).encode()
+        named.exists()
     except RuntimeError as error:  # no such home
         raise UserError(f"{flag} {text}: {str(error).rstrip('.')}; give the folder itself") from error
     except UnicodeEncodeError as error:  # tables, JSON and the report hold UTF-8 alone
         raise UserError(f"{flag} {text!a}: its name is not UTF-8; rename it") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {text}: cannot be reached ({str(error).splitlines()[0]})") from error
-    return place
+    return named
 
 
-def remove_tree(place: Place) -> None:
+def remove_tree(folder: Place) -> None:
     """Deletes a folder and all in it, where it exists; several may delete it at once."""
-    if isinstance(place, Path):
-        shutil.rmtree(place, ignore_errors=True)
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
     else:
-        store, path = place._open_store()
         with suppress(FileNotFoundError):
-            store.delete_dir(path)
+            folder.store.delete_dir(folder.path)

@@ -13,7 +13,7 @@ import torch
 from pyarrow.compute import index_in  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
-from plates.rundir import write_whole
+from plates.rundir import write_atomically
 from plates.storage import Place
 
 SECONDS_PER_PART = 10.0  # of computing that a worker may lose
@@ -26,35 +26,34 @@ class FeatureRows:
     """Stored features in the order that they were asked for: indexed as a tensor, to which what is read is copied."""
 
     parts: list[Tensor]  # (R, F) float32 each, memory-mapped
-    places: Tensor  # int64, of any shape: each row's place in the parts, counted end to end
+    positions: Tensor  # int64, of any shape: each row's position in the parts, counted end to end
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
     def __getitem__(self, index: int | slice | Tensor | tuple[int | slice | Tensor, ...]) -> Tensor:
-        """(..., F) for an index to (...) places."""
-        places = self.places[index].contiguous()
+        """(..., F) for an index to (...) positions."""
+        positions = self.positions[index].contiguous()
         if len(self.parts) == 1:
-            return self.parts[0][places]
+            return self.parts[0][positions]
         ends = torch.tensor([0, *map(len, self.parts)]).cumsum(0)
-        rows = torch.empty((*places.shape, self.parts[0].shape[1] if self.parts else 0))
-        of_part = torch.searchsorted(ends, places, right=True) - 1
+        rows = torch.empty((*positions.shape, self.parts[0].shape[1] if self.parts else 0))
+        of_part = torch.searchsorted(ends, positions, right=True) - 1
         for number in of_part.unique().tolist():
             chosen = of_part == number
-            rows[chosen] = self.parts[number][places[chosen] - ends[number]]
+            rows[chosen] = self.parts[number][positions[chosen] - ends[number]]
         return rows
 
     def arranged(self, shape: tuple[int, ...], *order: int) -> "FeatureRows":
         """The same rows in another shape, its axes then in this order."""
-        return FeatureRows(self.parts, self.places.reshape(shape).permute(order or tuple(range(len(shape)))))
+        return FeatureRows(self.parts, self.positions.reshape(shape).permute(order or tuple(range(len(shape)))))
 
 
 class FeatureStore:
     """The rows of one trunk's features, each found by a key of 16 bytes.
 
-    They lie in parts, Arrow files that are written whole, under names of their own, and never changed: a run that is
-    cut off leaves what it stored to the next one, and of two that compute the same rows at once each has its own,
-    which is all the harm. Nothing here deletes a part. One that is damaged, or gone, counts as not stored.
+    They lie in parts, Arrow files that are never changed, nor deleted here: a run that is cut off leaves its rows to
+    the next one, and of two that compute the same rows at once each has its own. A damaged part counts as gone.
     """
 
     def __init__(self, folder: Place) -> None:
@@ -65,10 +64,10 @@ class FeatureStore:
         self.saved_at = time.monotonic()
 
     def find(self, keys: pa.Array) -> np.ndarray:
-        """(n,) int64: the place of each row in all parts end to end, -1 where it is not stored."""
-        for place in sorted(self.folder.iterdir()) if self.folder.exists() else []:
-            if place.suffix == ".arrow" and not place.name.startswith(".") and place not in self.keys:
-                self.keys[place] = read_keys(place)
+        """(n,) int64: the position of each row in all parts end to end, -1 where it is not stored."""
+        for part in sorted(self.folder.iterdir()) if self.folder.exists() else []:
+            if part.suffix == ".arrow" and part not in self.keys:
+                self.keys[part] = read_keys(part)
         stored = pa.concat_arrays([pa.array([], KEY_TYPE), *self.keys.values()])
         return index_in(keys, value_set=stored).fill_null(-1).to_numpy().astype(np.int64)
 
@@ -78,12 +77,11 @@ class FeatureStore:
         if (found < 0).any():
             raise FileNotFoundError(f"{self.folder}: {(found < 0).sum()} rows of features are gone; run again")
         ends = np.cumsum([0, *map(len, self.keys.values())])
-        numbers = np.searchsorted(ends, found, side="right") - 1
-        used = np.unique(numbers)
+        used, of_used = np.unique(np.searchsorted(ends, found, side="right") - 1, return_inverse=True)
         parts = [map_features(list(self.keys)[number]) for number in used]
         starts = np.cumsum([0, *map(len, parts)])  # of those that are used alone
-        places = found - ends[numbers] + starts[np.searchsorted(used, numbers)]
-        return FeatureRows(parts, torch.from_numpy(places))
+        positions = found - ends[used][of_used] + starts[of_used]
+        return FeatureRows(parts, torch.from_numpy(positions))
 
     def add(self, key: bytes, row: Tensor) -> None:
         """Takes a finished row (F,), and stores it with those before it when there is enough that could be lost."""
@@ -109,7 +107,7 @@ class FeatureStore:
             with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
                 writer.write_batch(batch)
 
-        write_whole(self.folder / f"{uuid.uuid4().hex}.arrow", write_part)
+        write_atomically(self.folder / f"{uuid.uuid4().hex}.arrow", write_part)
 
 
 def read_keys(part: Place) -> pa.Array:
@@ -124,11 +122,10 @@ def read_keys(part: Place) -> pa.Array:
 
 def map_features(part: Place) -> Tensor:
     """(R, F) float32, memory-mapped, so that the system can take its memory back; of a URI, a passing copy is."""
-    if isinstance(part, Path):
-        batch = pa.ipc.open_file(pa.memory_map(str(part))).get_batch(0)
-    else:
+    if not isinstance(part, Path):
         with tempfile.NamedTemporaryFile() as copy, part.open() as stored:
             shutil.copyfileobj(stored, copy)
             copy.flush()
-            batch = pa.ipc.open_file(pa.memory_map(copy.name)).get_batch(0)
+            return map_features(Path(copy.name))
+    batch = pa.ipc.open_file(pa.memory_map(str(part))).get_batch(0)
     return torch.from_dlpack(batch["feature"].values).reshape(len(batch), -1)

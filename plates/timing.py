@@ -16,8 +16,6 @@ TIMING_COLUMNS = [
     "rank", "node", "device", "device_name", "num_workers", "startup_s", "data_s", "train_s", "inference_s",
     "total_s", "train_images_per_sec", "inference_images_per_sec",
 ]  # fmt: skip
-
-
 NUM_WARM_UP_IMAGES = 64  # of a worker: decoding has to get ahead, and kernels are chosen and built
 
 
@@ -38,10 +36,9 @@ class Pace:
 
     def steady_rate(self) -> float | None:
         """Images a second after the counts that hold the first ones; None where fewer than these came after."""
-        num_steady = self.num_images - self.start[0] if self.start else 0
-        if self.start is None or num_steady < NUM_WARM_UP_IMAGES:
+        if self.start is None or self.num_images - self.start[0] < NUM_WARM_UP_IMAGES:
             return None
-        return rate(num_steady, self.end_s - self.start[1])
+        return rate(self.num_images - self.start[0], self.end_s - self.start[1])
 
 
 class Phases:
@@ -80,13 +77,11 @@ def rate(count: int, time_s: float) -> float | None:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's as the system tells it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def cpu_name() -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
-        with Path("/proc/cpuinfo").open() as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -94,9 +89,8 @@ def cpu_name() -> str:
 def startup_and_pace(driver: Phases, trained: list[dict[str, Any]]) -> dict[str, float | None]:
     """What config.json tells beyond timing.csv: parts of start-up, and the steady rate of all workers together.
 
-    Args:
-        driver: the phases "process", until the imports are done, and "ray", until Ray is connected.
-        trained: what each worker of training measured.
+    Of the driver's phases "process", until the imports are done, and "ray", until Ray is connected, and of what each
+    worker of training measured.
     """
     rates = [row["steady_images_per_sec"] for row in trained]
     return {
@@ -110,27 +104,24 @@ def startup_and_pace(driver: Phases, trained: list[dict[str, Any]]) -> dict[str,
 def timing_table(driver: Phases, num_workers: int, workers: list[dict[str, Any]], num_predicted: int) -> pd.DataFrame:
     """The rows of timing.csv: the whole run, then one a worker.
 
-    The whole run's start-up ends when its last worker enters the loop; train_s and inference_s are those of its
-    slowest worker. What total_s has beyond the parts is the group's end and the report.
+    Start-up ends when the last worker enters the loop; train_s and inference_s are the slowest worker's. What total_s
+    has beyond the parts is the group's end and the report.
 
     Args:
-        driver: the driver's phases: startup, data.
-        workers: by rank, what each worker measured, with the `num_train_images` that it computed in this run, None
-            where its seconds hold other work.
+        driver: the phases "startup" and "data".
+        workers: by rank, what each measured; `num_train_images` of this run, None where its seconds hold other work.
         num_predicted: images of the test split.
     """
     slowest = {key: max(row[key] for row in workers) for key in ("data_s", "train_s", "inference_s")}
     counts = [row["num_train_images"] for row in workers]
-    num_train_images = 0 if None in counts else sum(counts)
-    seconds = driver.seconds
-    whole = {
+    whole_run = {
         **{key: workers[0][key] for key in ("device", "device_name")},
         **slowest,
-        "startup_s": seconds["startup"] + max(row["startup_s"] for row in workers),
-        "data_s": seconds["data"] + slowest["data_s"],
+        "startup_s": driver.seconds["startup"] + max(row["startup_s"] for row in workers),
+        "data_s": driver.seconds["data"] + slowest["data_s"],
         "total_s": process_age_s(),
-        "train_images_per_sec": rate(num_train_images, slowest["train_s"]),
+        "train_images_per_sec": None if None in counts else rate(sum(counts), slowest["train_s"]),
         "inference_images_per_sec": rate(num_predicted, slowest["inference_s"]),
     }
-    table = pd.DataFrame([whole, *workers]).assign(num_workers=num_workers).reindex(columns=TIMING_COLUMNS)
+    table = pd.DataFrame([whole_run, *workers]).assign(num_workers=num_workers).reindex(columns=TIMING_COLUMNS)
     return table.astype({"rank": "Int64"})

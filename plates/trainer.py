@@ -28,14 +28,9 @@ COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 
 
 def make_task(
-    config: TrainConfig,
-    dataset: Dataset,
-    weights: Weights,
-    preprocessing: Preprocessing,
-    precision: str,
-    run: Place,
+    config: TrainConfig, dataset: Dataset, weights: Weights, preprocessing: Preprocessing, precision: str, run: Place
 ) -> Task:
-    """What the workers are told; start-up is counted from here."""
+    """A task whose start-up is counted from here."""
     return Task(config, dataset, weights, preprocessing, precision, cache_root(), run, time.time())
 
 
@@ -47,16 +42,12 @@ def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: P
 
     Raises: UserError where a worker cannot read an image that the driver could.
     """
+    here = Worker(0, 1, torch.device(plan.device), False, (plan.cpus_per_worker,))
     try:
-        if plan.num_workers == 0:
-            result = loop(task, Worker(0, 1, torch.device(plan.device), False, (plan.cpus_per_worker,)))
-        else:
-            result = run_on_ray(loop, task, plan)
+        result = run_on_ray(loop, task, plan) if plan.num_workers else loop(task, here)
     except UnreadableImageError as error:
-        raise UserError(
-            f"--data {task.config.data}: a worker cannot read an image ({error}); "
-            "the data must be readable on every node"
-        ) from error
+        rule = "the data must be readable on every node"
+        raise UserError(f"--data {task.config.data}: a worker cannot read an image ({error}); {rule}") from error
     assert result is not None, "rank 0 returns the result"
     return result
 
@@ -74,21 +65,22 @@ def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan:
 
     require("ray.train")
     of_ray = (RayError, ray_train_error())
-    what = ray.put((loop, task))  # weights and data set go through the object store, once a node
+    work = ray.put((loop, task))  # weights and data set go through the object store, once a node
     least_left, num_vain, room = math.inf, 0, find_room(plan)
     while True:
         try:
-            return fit(what, room, task.run, plan.num_workers - room.num_workers)
+            return fit(work, room, task.run, plan.num_workers - room.num_workers)
         except of_ray as error:
-            failures = failures_of(error)
-            is_growth = getattr(error, "worker_failures", None) == {}  # the group ended, and no worker failed
+            by_worker = getattr(error, "worker_failures", None)  # none of Ray Train's controller, whose error it is
+            is_growth = by_worker == {}  # the group ended, and no worker failed
+            failures = [getattr(failure, "cause", failure) for failure in (by_worker or {0: error}).values()]
             left = read_left(task.run)
             num_vain = num_vain if is_growth else 1 if left < least_left else num_vain + 1
             least_left = min(left, least_left)
-            told = [failure for failure in failures if isinstance(failure, OSError)]  # an image, a full disk
+            os_errors = [failure for failure in failures if isinstance(failure, OSError)]  # an image, a full disk
             is_lost = is_growth or any(is_lost_worker(failure, of_ray) for failure in failures)
-            if told or not is_lost or num_vain > MAX_VAIN_RESTARTS:
-                raise (told or [error])[0] from error
+            if os_errors or not is_lost or num_vain > MAX_VAIN_RESTARTS:
+                raise (os_errors or [error])[0] from error
         finally:
             remove_tree(task.run / STATE_FOLDER)
         room = find_room(plan, has_lost=True)
@@ -98,11 +90,11 @@ def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan:
 
 def read_left(run: Place) -> float:
     """How much work the last group found to do; infinite where it was lost before it could tell."""
-    told = run / STATE_FOLDER / LEFT_FILE
-    return float(told.read_bytes()) if told.exists() else math.inf
+    file = run / STATE_FOLDER / LEFT_FILE
+    return float(file.read_bytes()) if file.exists() else math.inf
 
 
-def fit(what: Any, plan: Plan, run: Place, num_missing: int) -> Any:
+def fit(work: Any, plan: Plan, run: Place, num_missing: int) -> Any:
     """One group of workers, until it ends or there is room for some of those missing; returns what rank 0 returns."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -114,25 +106,23 @@ def fit(what: Any, plan: Plan, run: Place, num_missing: int) -> Any:
         from ray.train import get_context
         from ray.train.torch import get_device
 
-        from plates.cluster import count_node_cpus
         from plates.train_loop.group import Worker, all_gather
 
-        nodes = all_gather(ray.get_runtime_context().get_node_id())
-        context = get_context()
-        rank = context.get_world_rank()
-        num_threads = config["num_threads"] or max(1, count_node_cpus() // nodes.count(nodes[rank]))
+        context, node = get_context(), ray.get_runtime_context().get_node_id()
+        num_threads = config["num_threads"]
+        if num_threads is None:  # shares the CPUs of its node with the workers beside it
+            num_cpus = next(int(found["Resources"]["CPU"]) for found in ray.nodes() if found["NodeID"] == node)
+            num_threads = max(1, num_cpus // all_gather(node).count(node))
         device = get_device() if config["device"] == "cuda" else torch.device(config["device"])
-        worker = Worker(rank, context.get_world_size(), device, True, tuple(all_gather(num_threads)))
-        loop, task = ray.get(config["what"])
+        threads = tuple(all_gather(num_threads))
+        worker = Worker(context.get_world_rank(), context.get_world_size(), device, True, threads)
+        loop, task = ray.get(config["work"])
         return loop(task, worker)
 
+    num_threads = None if plan.uses_whole_nodes else plan.cpus_per_worker
     trainer = trainer_class([plan.resources_per_worker] * num_missing, SECONDS_TO_GROW)(
         run_on_worker,
-        train_loop_config={
-            "what": what,
-            "device": plan.device,
-            "num_threads": None if plan.uses_whole_nodes else plan.cpus_per_worker,
-        },
+        train_loop_config={"work": work, "device": plan.device, "num_threads": num_threads},
         torch_config=TorchConfig(plan.backend, timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
@@ -149,14 +139,7 @@ def fit(what: Any, plan: Plan, run: Place, num_missing: int) -> Any:
     return trainer.fit().return_value
 
 
-def failures_of(error: Exception) -> list[Exception]:
-    """What went wrong on the workers; the error itself where Ray Train's controller failed."""
-    failures = [*getattr(error, "worker_failures", {}).values()] or [error]
-    return [getattr(failure, "cause", failure) for failure in failures]
-
-
 def is_lost_worker(failure: Exception, of_ray: tuple[type[Exception], ...]) -> bool:
-    """Whether a process or node went away, in work or while the group was started; the other workers see that as a
-    broken connection."""
+    """Whether a process or node went away; the other workers see that as a broken connection."""
     is_broken_connection = "onnection" in str(failure) and type(failure) in (RuntimeError, DistBackendError)
     return isinstance(failure, of_ray) or is_broken_connection

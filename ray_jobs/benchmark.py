@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from functools import partial
+from itertools import product
 
 from plates.command import run_job
 from plates.config import EXIT_FAILED, EXIT_OK, EXIT_SOME_UNREADABLE, BenchmarkConfig
@@ -22,27 +23,21 @@ def benchmark(config: BenchmarkConfig) -> int:
     dataset = load_dataset(config.data, config.seed)
     nodes = cluster.find_nodes()
     rows = scaling.plan_rows(config, sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes))
-    threads = scaling.share_threads(rows, lambda count, device: cluster.share_cpus(count, device, nodes))
+    threads = scaling.share_threads(rows, partial(cluster.share_cpus, nodes=nodes))
     described = {"versions": rundir.versions(), "classes": list(dataset.classes), "rows": [row.name for row in rows]}
     rundir.claim_run(run, "benchmark", config, described)
     each = ", ".join(f"{count} on {device}" for device, count in threads.items())
     print(f"{len(rows)} rows x {config.repeats} repeats; CPU threads a Ray worker: {each}", flush=True)
 
     measured = []
-    with tqdm(total=len(rows) * config.repeats, desc="measuring", unit="run") as bar:
-        for repeat in range(config.repeats):
-            for row in rows:
-                bar.set_postfix_str(row.name)
-                measured.append({"repeat": repeat, **scaling.measure_row(row, config, threads[row.device], run)})
-                rundir.write_csv(run / "benchmark.csv", pd.DataFrame(measured))
-                bar.update()
+    bar = tqdm(list(product(range(config.repeats), rows)), desc="measuring", unit="run")
+    for repeat, row in bar:
+        bar.set_postfix_str(row.name)
+        measured.append({"repeat": repeat, **scaling.measure_row(row, config, threads[row.device], run)})
+        rundir.write_csv(run / "benchmark.csv", pd.DataFrame(measured))
     entries = scaling.summarize(pd.DataFrame(measured), config.scaling)
-    found = {
-        "repeats": config.repeats,
-        "scaling": config.scaling,
-        "rows": entries,
-        "model": scaling.fit_model(entries, config.scaling),
-    }
+    found = {"repeats": config.repeats, "scaling": config.scaling, "rows": entries}
+    found["model"] = scaling.fit_model(entries, config.scaling)
     rundir.write_json(run / "benchmark.json", found)
     report = write_report(run, train_views=[], read_image=dataset.read_picture)
     rundir.finish_run(run)
@@ -59,9 +54,7 @@ def benchmark(config: BenchmarkConfig) -> int:
     return EXIT_SOME_UNREADABLE if any(row["exit_code"] == EXIT_SOME_UNREADABLE for row in measured) else EXIT_OK
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(benchmark, BenchmarkConfig, "plates benchmark", argv)
-
+main = partial(run_job, benchmark, BenchmarkConfig, "plates benchmark")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from plates.command import run_job
 from plates.config import EXIT_OK, EXIT_USER_ERROR, CheckConfig
@@ -12,7 +12,7 @@ def check(config: CheckConfig) -> int:
     if config.address:
         os.environ["RAY_ADDRESS"] = config.address
     # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
-    from plates import cluster
+    from plates.cluster import plan_job
     from plates.dataset import load_dataset
     from plates.features import cache_root
     from plates.preflight import probe_nodes
@@ -21,22 +21,22 @@ def check(config: CheckConfig) -> int:
 
     run = place_of("--out", config.out or ".")
     dataset = load_dataset(config.data, seed=0)
-    plan = cluster.plan_job(config.num_workers, config.device)
+    plan = plan_job(config.num_workers, config.device)
     print(plan.line, flush=True)
-    probes = probe_nodes(plan, dataset, run, cache_root())
-    shown = ("python", "ray", "torch", "plates")
-    rows = [["node", "device", "/dev/shm GiB", *shown, "problems"]]
-    for probe in probes:
+    packages = ("python", "ray", "torch", "plates")
+    rows = [["node", "device", "/dev/shm GiB", *packages, "problems"]]
+    exit_code = EXIT_OK
+    for probe in probe_nodes(plan, dataset, run, cache_root()):
         shm = "–" if probe.shm_bytes is None else f"{probe.shm_bytes / 2**30:.1f}"
-        versions = [probe.versions.get(name, "–") for name in shown]
+        versions = [probe.versions.get(name, "–") for name in packages]
         rows.append([probe.node, probe.device, shm, *versions, "; ".join(probe.problems) or "none"])
+        if probe.problems:
+            exit_code = EXIT_USER_ERROR
     print(align_columns(rows, text_columns=len(rows[0]), width=240))
-    return EXIT_USER_ERROR if any(probe.problems for probe in probes) else EXIT_OK
+    return exit_code
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(check, CheckConfig, "plates check", argv)
-
+main = partial(run_job, check, CheckConfig, "plates check")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,7 @@ MIN_POLL_S, MAX_POLL_S, SAY_PENDING_S = 1.0, 30.0, 10.0
 
 
 def submit(own: argparse.Namespace, flags: Sequence[str], config: JobConfig) -> int:
-    check_places(config)
+    check_paths(config)
     client = connect(own.address)
     job_id = client.submit_job(
         entrypoint=shlex.join(["python", "-m", f"ray_jobs.{own.job}", *flags]),
@@ -37,16 +37,16 @@ def submit(own: argparse.Namespace, flags: Sequence[str], config: JobConfig) -> 
     return exit_code
 
 
-def check_places(config: JobConfig) -> None:
-    """Raises: UserError for a place that the nodes do not share: relative to here, or to the job's passing folder."""
+def check_paths(config: JobConfig) -> None:
+    """Raises: UserError for a path that the nodes do not share: relative to here, or to the job's passing folder."""
     rule = "a job on a cluster needs an absolute path or a URI that all nodes reach, as /nfs/… or s3://…"
     if config.out is None:
         raise UserError(f"--out is missing: {rule}")
     for name in ("out", "data", "checkpoint", "weights"):
-        place = getattr(config, name, "none")
-        is_word_or_uri = place in ("synthetic", "imagenet", "none") or ":" in place
-        if not is_word_or_uri and not Path(place).is_absolute():
-            raise UserError(f"--{name} {place}: {rule}")
+        path = getattr(config, name, "none")
+        is_word_or_uri = path in ("synthetic", "imagenet", "none") or ":" in path
+        if not is_word_or_uri and not Path(path).is_absolute():
+            raise UserError(f"--{name} {path}: {rule}")
 
 
 def connect(address: str) -> "JobSubmissionClient":
@@ -143,9 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="seconds that the job may wait for its start [%(default)g]")  # fmt: skip
     own, flags = parser.parse_known_args(argv)
     own.address = own.address.rstrip("/")
-    return run_job(
-        partial(submit, own, flags), JOB_CONFIGS[own.job], f"plates submit {own.job}", flags, makes_run=False
-    )
+    job, prog = partial(submit, own, flags), f"plates submit {own.job}"
+    return run_job(job, JOB_CONFIGS[own.job], prog, flags, makes_run=False)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from plates.config import NUM_PUBLISHED_EPOCHS, PUBLISHED_LIMIT_S
-from plates.report.plots import COLOURS, themed_axes
+from plates.report.plots import COLOURS, Plot, draw_plot
 from plates.report.text import format_number, format_percent
 from plates.storage import Place
 from plates.timing import NUM_WARM_UP_IMAGES
 
-SHOWN_PHASES = ["startup_s", "data_s", "train_s", "inference_s", "teardown_s"]
+PHASES = ["data", "train", "inference", "teardown"]
+# How the plot of phases shows each.
+SHADES = {"startup": "line", "data": "muted", "train": "accent", "inference": "train", "teardown": "muted"}
 STARTUP_PARTS = {"process": "startup_process_s", "Ray": "startup_ray_s", "group": "startup_group_s"}
+COUNTS = {"nodes": "num_nodes", "threads": "threads_per_worker", "global batch": "global_batch_size"}
 RATES = {
     "train/s": "train_images_per_sec",
     "a worker": "train_images_per_sec_per_worker",
@@ -35,7 +38,6 @@ def show_benchmark(run: Place) -> dict[str, Any] | None:
     done = [row for row in found["rows"] if "reason" not in row]
     seconds, rates = map(break_cells, (tabulate_seconds(found["rows"]), tabulate_rates(found["rows"])))
     return {
-        "name": "benchmark",
         "num_repeats": found["repeats"],
         "is_weak": found["scaling"] == "weak",
         "tables": [("Seconds", seconds[0], seconds[1:], 1), ("What ran, and how fast", rates[0], rates[1:], 3)],
@@ -58,52 +60,49 @@ def break_cells(table: list[list[str]]) -> list[list[str]]:
 
 def tabulate(header: list[str], rows: list[dict[str, Any]], cells_of: Callable[..., list[str]]) -> list[list[str]]:
     """Header and cells, as on the page and in the terminal; – in a row that could not run."""
-    named = [row["row"] + " (extrapolated)" * row.get("is_extrapolated", False) for row in rows]
-    cells = [["–"] * (len(header) - 1) if "reason" in row else cells_of(row) for row in rows]
-    return [header, *([name, *rest] for name, rest in zip(named, cells, strict=True))]
+    table = [header]
+    for row in rows:
+        name = row["row"] + " (extrapolated)" * row.get("is_extrapolated", False)
+        table.append([name, *(["–"] * (len(header) - 1) if "reason" in row else cells_of(row))])
+    return table
 
 
 def tabulate_seconds(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Where each row's time went."""
-    phases = {"data": "data_s", "train": "train_s", "inference": "inference_s", "teardown": "teardown_s"}
-    phases |= {"total": "total_s"}
 
     def cells_of(row: dict[str, Any]) -> list[str]:
         return [
             spread(row.get("startup_s")),
             *(format_number(row.get(part, {}).get("median"), 1) for part in STARTUP_PARTS.values()),
-            *(spread(row.get(phase)) for phase in phases.values()),
+            *(spread(row.get(f"{phase}_s")) for phase in (*PHASES, "total")),
             format_number(row.get("total_speedup"), 2),
             format_number(row["device_seconds"], 0),
         ]
 
-    return tabulate(["row", "start-up", *STARTUP_PARTS, *phases, "speed-up", "device-s"], rows, cells_of)
+    return tabulate(["row", "start-up", *STARTUP_PARTS, *PHASES, "total", "speed-up", "device-s"], rows, cells_of)
 
 
 def tabulate_rates(rows: list[dict[str, Any]]) -> list[list[str]]:
     """What each row ran on, its images per second, and what the model is worth."""
-    counts = {"nodes": "num_nodes", "threads": "threads_per_worker", "global batch": "global_batch_size"}
 
     def cells_of(row: dict[str, Any]) -> list[str]:
-        accuracy = format_percent(row["val/accuracy"])
         return [
             row["device_name"],
             row["precision"],
-            *(format_number(row[key], 0) for key in counts.values()),
+            *(format_number(row[key], 0) for key in COUNTS.values()),
             *(format_number(row[key], 1) for key in RATES.values()),
             format_number(row.get("efficiency"), 2),
-            accuracy + f" after {row['num_epochs']} epochs" * row["is_extrapolated"],
+            format_percent(row["val/accuracy"]) + f" after {row['num_epochs']} epochs" * row["is_extrapolated"],
         ]
 
-    return tabulate(["row", "device", "precision", *counts, *RATES, "efficiency", "val accuracy"], rows, cells_of)
+    return tabulate(["row", "device", "precision", *COUNTS, *RATES, "efficiency", "val accuracy"], rows, cells_of)
 
 
 def spread(values: dict[str, float] | None) -> str:
     if values is None:
         return "–"
-    if values["min"] == values["max"]:
-        return f"{values['median']:.1f}"
-    return f"{values['median']:.1f} ({values['min']:.1f}–{values['max']:.1f})"
+    extent = f" ({values['min']:.1f}–{values['max']:.1f})" if values["min"] != values["max"] else ""
+    return f"{values['median']:.1f}{extent}"
 
 
 def say_model(model: dict[str, Any]) -> str:
@@ -120,29 +119,27 @@ def say_model(model: dict[str, Any]) -> str:
     )
 
 
-def draw_phases(done: list[dict[str, Any]]) -> dict[str, str]:
+def draw_phases(done: list[dict[str, Any]]) -> Plot:
     """Median seconds of each phase, stacked, a bar a row; extrapolated rows would dwarf the others."""
-    drawn: dict[str, str] = {}
     done = [row for row in done if not row["is_extrapolated"]]
-    names = [row["row"] for row in done]
-    shades = [COLOURS["line"], COLOURS["muted"], COLOURS["accent"], COLOURS["train"], COLOURS["muted"]]
-    with themed_axes("seconds by phase", "seconds", 2.6, drawn) as axes:
-        left = np.zeros(len(done))
-        for phase, shade, alpha in zip(SHOWN_PHASES, shades, (1, 1, 1, 1, 0.4), strict=True):
-            width = np.array([row.get(phase, {"median": 0.0})["median"] for row in done])
-            axes.barh(names, width, left=left, color=shade, alpha=alpha, label=phase.removesuffix("_s"), height=0.7)
+    names, left = [row["row"] for row in done], np.zeros(len(done))
+    with draw_plot("seconds by phase", "seconds", 2.6) as (axes, plot):
+        for phase, shade in SHADES.items():
+            width = np.array([row.get(f"{phase}_s", {"median": 0.0})["median"] for row in done])
+            look = {"color": COLOURS[shade], "alpha": 0.4 if phase == "teardown" else 1, "height": 0.7}
+            axes.barh(names, width, left=left, label=phase, **look)
             left += width
         axes.invert_yaxis()
         legend = {"frameon": False, "labelcolor": COLOURS["muted"], "fontsize": 7}
         axes.figure.legend(loc="outside lower center", ncols=5, handlelength=1, columnspacing=1, **legend)
-    return {**drawn, "alt": "; ".join(f"{name} {total:.0f} s" for name, total in zip(names, left, strict=True))}
+    plot["alt"] = "; ".join(f"{name} {total:.0f} s" for name, total in zip(names, left, strict=True))
+    return plot
 
 
-def draw_speedup(done: list[dict[str, Any]]) -> dict[str, str]:
+def draw_speedup(done: list[dict[str, Any]]) -> Plot:
     """Training images/s over that of the smallest number of workers, against the ideal line."""
-    drawn: dict[str, str] = {}
     spoken = []
-    with themed_axes("training speed-up against ideal", "Ray workers", 2.6, drawn) as axes:
+    with draw_plot("training speed-up against ideal", "Ray workers", 2.6) as (axes, plot):
         for device, colour in (("cpu", "accent"), ("cuda", "train")):
             rows = [row for row in done if row["device"] == device and "scaling" in row]
             counts = [row["num_workers"] for row in rows]
@@ -154,14 +151,15 @@ def draw_speedup(done: list[dict[str, Any]]) -> dict[str, str]:
         axes.locator_params(axis="x", integer=True)
         if spoken:
             axes.legend(frameon=False, labelcolor="linecolor")
-    return {**drawn, "alt": "; ".join(spoken) or "no row on Ray workers"}
+    plot["alt"] = "; ".join(spoken) or "no row on Ray workers"
+    return plot
 
 
-def draw_rates(done: list[dict[str, Any]]) -> dict[str, str]:
+def draw_rates(done: list[dict[str, Any]]) -> Plot:
     """Training images per second, a bar a row."""
-    drawn: dict[str, str] = {}
     names, rates = [row["row"] for row in done], [row["train_images_per_sec"] for row in done]
-    with themed_axes("training images/s", "images/s", 2.6, drawn) as axes:
+    with draw_plot("training images/s", "images/s", 2.6) as (axes, plot):
         axes.barh(names, rates, color=COLOURS["accent"], height=0.7)
         axes.invert_yaxis()
-    return {**drawn, "alt": "; ".join(f"{name} {rate:.0f}/s" for name, rate in zip(names, rates, strict=True))}
+    plot["alt"] = "; ".join(f"{name} {rate:.0f}/s" for name, rate in zip(names, rates, strict=True))
+    return plot

@@ -14,36 +14,33 @@ from plates.storage import Place
 NUM_BARS = 3  # classes whose probabilities a picture shows
 ROWS_PER_PIECE = 500
 MAX_TOTALS = 20
+NUM_SPREAD, NUM_EXTREME = 24, 8  # pictures of a grid
 
 
-def show_predictions(
-    path: Place, read_image: Callable[[str], np.ndarray], *, spread: int = 24, extreme: int = 8
-) -> dict[str, Any] | None:
+def show_predictions(path: Place, read_image: Callable[[str], np.ndarray]) -> dict[str, Any] | None:
     """None where predictions.csv is absent or has no rows."""
     table = read_predictions(path) if path.exists() else pd.DataFrame()
     if table.empty:
         return None
     table = table.sort_values("path", ignore_index=True)
-    paths, ids, labels = (table[column].tolist() for column in ("path", "id", "label"))
-    stated = table["chance_0"].to_numpy()
-    ranked = [int(row) for row in np.argsort(-stated, kind="stable") if np.isfinite(stated[row])]
-    even = np.unique(np.linspace(0, len(table) - 1, min(spread, len(table))).round().astype(int)).tolist()
+    ranked = table["chance_0"].dropna().sort_values(ascending=False, kind="stable").index.tolist()
+    even = np.linspace(0, len(table) - 1, min(NUM_SPREAD, len(table))).round().astype(int).tolist()
+    picks = {"Evenly spaced by path": even, "Most confident": ranked[:NUM_EXTREME]}
+    picks["Least confident"] = ranked[::-1][:NUM_EXTREME]
     pictures, missing = {}, {}
-    for row in dict.fromkeys([*even, *ranked[:extreme], *ranked[-extreme:]]):
+    for index in dict.fromkeys(index for indices in picks.values() for index in indices):
+        row = table.loc[index]
         try:
-            thumbnail = encode_thumbnail(read_image(paths[row]))
+            thumbnail = encode_thumbnail(read_image(row["path"]))
         except OSError as error:
-            missing[paths[row]] = str(error)
+            missing[row["path"]] = str(error)
             continue
-        alt = f"test image {ids[row]}, predicted {labels[row]}"
-        shown = [place for place in range(NUM_BARS) if f"name_{place}" in table]
-        bars = [(table.at[row, f"name_{place}"], table.at[row, f"chance_{place}"]) for place in shown]
-        pictures[row] = {"uri": thumbnail, "alt": alt, "title": ids[row], "bars": bars}
-    picks = {"Evenly spaced by path": even, "Most confident": ranked[:extreme]}
-    picks["Least confident"] = ranked[::-1][:extreme]
-    grids = {title: [pictures[row] for row in rows if row in pictures] for title, rows in picks.items()}
+        alt = f"test image {row['id']}, predicted {row['label']}"
+        bars = [(row[f"name_{nth}"], row[f"chance_{nth}"]) for nth in range(NUM_BARS) if f"name_{nth}" in table]
+        pictures[index] = {"uri": thumbnail, "alt": alt, "title": row["id"], "bars": bars}
+    grids = {title: [pictures[index] for index in picks[title] if index in pictures] for title in picks}
     totals = table["label"].value_counts()
-    return {"name": "predictions", "grids": grids, "missing": missing, "images": len(table),
+    return {"grids": grids, "missing": missing, "images": len(table),
             "totals": totals.head(MAX_TOTALS).to_dict(), "num_labels": len(totals)}  # fmt: skip
 
 
@@ -60,20 +57,19 @@ def read_predictions(path: Place) -> pd.DataFrame:
     for piece in pd.read_csv(data, dtype=texts, keep_default_na=False, na_values=[""], chunksize=ROWS_PER_PIECE):
         names = np.array([column[2:] for column in piece.columns if column.startswith("p_")], dtype=object)
         chances = piece[[f"p_{name}" for name in names]].to_numpy(dtype=float)  # (rows, C)
-        labels = pd.Index(names).get_indexer(pd.Index(piece["label"]))
+        rows = np.arange(len(piece))
         keys = -chances
-        keys[np.arange(len(piece)), labels] = -np.inf  # before all others
-        ranked = np.argsort(keys, axis=1, kind="stable")[:, :NUM_BARS]
-        columns = [(place, names[ranked[:, place]]) for place in range(ranked.shape[1])]
-        named = {f"name_{place}": name for place, name in columns}
-        named |= {f"chance_{place}": chances[np.arange(len(piece)), ranked[:, place]] for place, _ in columns}
-        parts.append(piece[["path", "id", "label"]].assign(**named))
+        keys[rows, pd.Index(names).get_indexer(pd.Index(piece["label"]))] = -np.inf  # before all others
+        part = piece[["path", "id", "label"]]
+        for nth, column in enumerate(np.argsort(keys, axis=1, kind="stable")[:, :NUM_BARS].T):
+            part = part.assign(**{f"name_{nth}": names[column], f"chance_{nth}": chances[rows, column]})
+        parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
 
 def encode_thumbnail(picture: np.ndarray, *, side: int = 176) -> str:
     """Return a uint8 picture (H, W, 3) as the data URI of a JPEG at most `side` pixels wide and high."""
-    image, buffer = Image.fromarray(np.ascontiguousarray(picture)), io.BytesIO()
+    image, buffer = Image.fromarray(picture), io.BytesIO()
     image.thumbnail((side, side))
     image.save(buffer, format="JPEG", quality=76, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -14,7 +14,7 @@ def score_split(metrics: dict[str, Any], config: dict[str, Any], split: str) -> 
     pairs = {key.removeprefix(prefix): int(count) for key, count in metrics.items() if key.startswith(prefix)}
     cells = {(true, guess): count for pair, count in pairs.items() for true, _, guess in [pair.partition("/")]}
     accuracy, loss = (metrics.get(f"{split}/{name}") for name in ("accuracy", "loss"))
-    images = metrics.get(f"{split}/num_images", (config.get("num_images") or {}).get(split))
+    images = metrics.get(f"{split}/num_images", config.get("num_images", {}).get(split))
     # Only some test images may have a true label, so the confusion counts say of how many the accuracy is.
     judged = sum(cells.values()) or int(images or 0) * is_number(accuracy)
     hits = sum(count for (true, guess), count in cells.items() if true == guess)
@@ -26,12 +26,13 @@ def score_split(metrics: dict[str, Any], config: dict[str, Any], split: str) -> 
     return score | {"correct": correct, "interval": interval}
 
 
-def show_scores(metrics: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
+def show_scores(metrics: dict[str, Any], config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each split that has true labels."""
     scores = [score for split in ("val", "test") if (score := score_split(metrics, config, split))["judged"]]
     for score in scores:
         names = config.get("classes") or sorted({name for pair in score["cells"] for name in pair})
         score["matrix"] = tabulate_confusion(score["cells"], names)
-    return {"name": "scores", "scores": scores} if scores else None
+    return scores
 
 
 def tabulate_confusion(cells: dict[tuple[str, str], int], classes: list[str]) -> dict[str, Any]:
@@ -48,6 +49,6 @@ def tabulate_confusion(cells: dict[tuple[str, str], int], classes: list[str]) ->
     rows = []
     for true in names:
         counts = [cells.get((true, guess), 0) for guess in names]
-        rows.append({"name": true, "counts": counts, "others": totals[true] - sum(counts), "all": totals[true],
-                     "correct": cells.get((true, true), 0) / totals[true] if totals[true] else None})  # fmt: skip
+        correct = cells.get((true, true), 0) / totals[true] if totals[true] else None
+        rows.append({"name": true, "counts": counts, "all": totals[true], "correct": correct})
     return {"names": names, "rows": rows if cells else [], "num_classes": len(classes)}

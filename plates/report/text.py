@@ -16,11 +16,11 @@ def format_number(value: Any, digits: int) -> str:
 
 def format_loss(value: Any) -> str:
     """Four digits; metrics.json has null, and trials.csv inf, where training diverged."""
-    return format_number(value, 4) if is_number(value) else "diverged"
+    return f"{value:.4f}" if is_number(value) else "diverged"
 
 
-def format_percent(share: Any) -> str:
-    return f"{100 * share:.1f}%" if is_number(share) else "–"
+def format_percent(fraction: Any) -> str:
+    return f"{fraction:.1%}" if is_number(fraction) else "–"
 
 
 def format_probability(value: float) -> str:
@@ -31,10 +31,10 @@ def format_probability(value: float) -> str:
 def format_setting(value: Any) -> str:
     if isinstance(value, dict):
         value = [f"{key} {entry}" for key, entry in value.items()]
-    if isinstance(value, list) and len(value) > MAX_LISTED:
-        value = [*value[:MAX_LISTED], f"and {len(value) - MAX_LISTED} more"]
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return "–" if value is None or not text else text
+    if isinstance(value, list):
+        more = [f"and {len(value) - MAX_LISTED} more"] if len(value) > MAX_LISTED else []
+        value = ", ".join(map(str, value[:MAX_LISTED] + more))
+    return "–" if value in (None, "") else str(value)
 
 
 def align_columns(rows: list[list[str]], *, text_columns: int, width: int = 100) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from plates.cluster import Plan, find_room
 from plates.config import TuneConfig
 from plates.dataset import Samples
-from plates.head import HeadSettings, fit_heads
+from plates.head import HeadSettings
 from plates.sweep.head_trials import HeadSweep, run_head_trials
 from plates.sweep.scores import Folds, summarize, tabulate_trials
 from plates.sweep.training_trials import run_training_trials
@@ -25,7 +25,11 @@ LR_RANGE, GAMMA_RANGE = (1e-4, 3e-2), (0.05, 1.0)
 
 @dataclass(frozen=True)
 class Swept:
-    """The sweep's outcome: trials.csv, flat figures, and the winner retrained beside the baseline."""
+    """The sweep's outcome: trials.csv, flat figures, and the winner retrained beside the baseline.
+
+    In the timing rows of `predicted` rank 0 stands for the driver and its trials, with no count of images: in its
+    seconds more was done than to compute them.
+    """
 
     trials: pd.DataFrame
     figures: dict[str, float | int]
@@ -41,38 +45,29 @@ def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
     With a frozen trunk the plan's workers compute the features once and every trial fits heads on them; else a trial
     is a training run of its own. Its state stays in the run directory, for the same command to take up.
     """
-    return (sweep_heads if task.config.trainable == "head" else sweep_training)(task, folds, plan)
+    sweep = sweep_heads if task.config.trainable == "head" else sweep_training
+    return sweep(task, folds, plan)
 
 
 def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     config = cast(TuneConfig, task.config)
-    features = run_loop(compute_features, task, plan)
-    model = build_model(task)
-    initial = (model.head.weight.detach(), model.head.bias.detach())
-    labels = task.dataset.train.labels
-    schedules = draw_schedules(config)
+    features, model, schedules = run_loop(compute_features, task, plan), build_model(task), draw_schedules(config)
+    initial, labels = (model.head.weight.detach(), model.head.bias.detach()), task.dataset.train.labels
     start_s = time.perf_counter()
     sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config)
     if plan.num_workers:  # Tune itself would wait for a CPU without a word and for ever
         find_room(replace(plan, num_workers=1, device="cpu", cpus_per_worker=1))
     results = run_head_trials(sweep, state_of(task))
     trials = tabulate_trials(results, schedules)
-    winner = int(trials["is_winner"].to_numpy().argmax())
-    heads = fit_heads(
-        features.train,
-        labels,
-        [HeadSettings(**schedules[trial], indices=range(len(labels))) for trial in (winner, 0)],
-        initial,
-        epochs=config.epochs,
-        global_batch_size=config.global_batch_size,
-        seed=config.seed,
-    )
-    model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
-    histories = [pd.DataFrame(heads.history(head)) for head in (0, 1)]
-    predicted = Predicted(heads.logits(features.test)[0], features.errors, features.timings)
-    charge_trials(predicted, features.timings[0]["train_s"] + time.perf_counter() - start_s)
     figures = summarize(results, schedules, trials)
-    return Swept(trials, figures, model.state_dict(), histories[0], histories[1], predicted)
+    winner = int(figures["winner/trial"])
+    heads = sweep.fit([HeadSettings(**schedules[trial], indices=range(len(labels))) for trial in (winner, 0)])
+    model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
+    predicted = Predicted(heads.logits(features.test)[0], features.errors, features.timings)
+    train_s = features.timings[0]["train_s"] + time.perf_counter() - start_s
+    predicted.timings[0] |= {"train_s": train_s, "num_train_images": None}
+    history, baseline = (pd.DataFrame(heads.history(head)) for head in (0, 1))
+    return Swept(trials, figures, model.state_dict(), history, baseline, predicted)
 
 
 def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
@@ -80,28 +75,24 @@ def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
     start_s = time.perf_counter()
     results = run_training_trials(task, folds, schedules, plan, state)
     trials = tabulate_trials(results, schedules)
+    figures = summarize(results, schedules, trials)
+    winner = int(figures["winner/trial"])
     trials_s = time.perf_counter() - start_s
-    winner = int(trials["is_winner"].to_numpy().argmax())
     retrained = {}
     for trial in {winner, 0}:
         test = task.dataset.test if trial == winner else Samples.of()
-        config, dataset = (
-            replace(task.config, **schedules[trial]), replace(task.dataset, val=Samples.of(), test=test)
-        )  # fmt: skip
-        again = replace(
-            task, config=config, dataset=dataset, run=state / f"retrained-{trial}", submitted_at=time.time()
-        )
-        retrained[trial] = run_loop(train, again, plan)
+        changes = {
+            "config": replace(task.config, **schedules[trial]),
+            "dataset": replace(task.dataset, val=Samples.of(), test=test),
+            "run": state / f"retrained-{trial}",
+            "submitted_at": time.time(),
+        }
+        retrained[trial] = run_loop(train, replace(task, **changes), plan)
     best = retrained[winner]
-    charge_trials(best.predicted, trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values()))
-    histories = [pd.DataFrame(retrained[trial].history) for trial in (winner, 0)]
-    figures = summarize(results, schedules, trials)
-    return Swept(trials, figures, best.state, histories[0], histories[1], best.predicted)
-
-
-def charge_trials(predicted: Predicted, train_s: float) -> None:
-    """Rank 0 stands for the driver and its trials: seconds in which more was done than its images were computed."""
-    predicted.timings[0] |= {"train_s": train_s, "num_train_images": None}
+    train_s = trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values())
+    best.timings[0] |= {"train_s": train_s, "num_train_images": None}
+    history, baseline = (pd.DataFrame(retrained[trial].history) for trial in (winner, 0))
+    return Swept(trials, figures, best.state, history, baseline, best.predicted)
 
 
 def draw_schedules(config: TuneConfig) -> list[dict[str, Any]]:
@@ -109,11 +100,7 @@ def draw_schedules(config: TuneConfig) -> list[dict[str, Any]]:
     draw = np.random.default_rng(config.seed)
     schedules: list[dict[str, Any]] = [{"lr": config.lr, "step_size": config.step_size, "gamma": config.gamma}]
     for _ in range(config.num_trials - 1):
-        schedules.append(
-            {
-                "lr": float(np.exp(draw.uniform(*np.log(LR_RANGE)))),
-                "step_size": int(draw.integers(1, config.epochs + 1)),
-                "gamma": float(draw.uniform(*GAMMA_RANGE)),
-            }
-        )
+        lr, step_size = np.exp(draw.uniform(*np.log(LR_RANGE))), draw.integers(1, config.epochs + 1)
+        gamma = draw.uniform(*GAMMA_RANGE)
+        schedules.append({"lr": float(lr), "step_size": int(step_size), "gamma": float(gamma)})
     return schedules

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plates.cluster import start_ray
 from plates.config import TuneConfig
-from plates.head import HeadSettings, fit_heads
+from plates.head import Heads, HeadSettings, fit_heads
 from plates.storage import Place
 from plates.sweep.scores import Folds, Schedule, TrialResult, score_images, score_trial
 from plates.sweep.tuner import tune_all
@@ -27,19 +27,16 @@ class HeadSweep:
     schedules: list[Schedule]
     config: TuneConfig
 
+    def fit(self, settings: list[HeadSettings]) -> Heads:
+        epochs, global_batch_size, seed = self.config.epochs, self.config.global_batch_size, self.config.seed
+        return fit_heads(self.train, self.labels, settings, self.initial, epochs=epochs,
+                         global_batch_size=global_batch_size, seed=seed)  # fmt: skip
+
 
 def score_schedule(data: HeadSweep, schedule: Schedule) -> TrialResult:
     """All folds of one schedule, and those of nested cross-validation, fitted at once."""
     folds = data.folds.in_turn()
-    heads = fit_heads(
-        data.train,
-        data.labels,
-        [HeadSettings(**schedule, indices=train.tolist()) for train, _ in folds],
-        data.initial,
-        epochs=data.config.epochs,
-        global_batch_size=data.config.global_batch_size,
-        seed=data.config.seed,
-    )
+    heads = data.fit([HeadSettings(**schedule, indices=train.tolist()) for train, _ in folds])
     scores = score_images(heads.logits(data.val), data.labels)  # (2, H, N)
     return score_trial(data.folds, [scores[:, head, held] for head, (_, held) in enumerate(folds)])
 
@@ -49,7 +46,7 @@ def run_head_trials(data: HeadSweep, state: Place) -> list[TrialResult]:
 
     A class Trainable with reused actors costs milliseconds a trial; the features go through the object store once.
     """
-    # A trial costs milliseconds: one small file each is what resuming needs, trials.csv has the rest.
+    # One small file a trial is what resuming needs, trials.csv has the rest.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     start_ray()
     from ray import tune
@@ -58,8 +55,7 @@ def run_head_trials(data: HeadSweep, state: Place) -> list[TrialResult]:
     class HeadTrial(tune.Trainable):
         def setup(self, config: dict[str, Any], data: HeadSweep) -> None:
             torch.set_num_threads(1)
-            self.data = data
-            self.index = config["index"]
+            self.data, self.index = data, config["index"]
 
         def step(self) -> dict[str, Any]:
             result = score_schedule(self.data, self.data.schedules[self.index])

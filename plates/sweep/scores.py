@@ -17,6 +17,7 @@ from plates.dataset import Samples
 
 CONFIDENCE = 0.95
 NUM_SEEDS = 2**32  # that scikit-learn takes
+BOUNDS = ("", "_low", "_high")  # ends of the names of a mean and its interval
 
 Fold = tuple[np.ndarray, np.ndarray]  # indices of training images, of held-out images
 Schedule = dict[str, Any]  # lr, step_size, gamma
@@ -63,15 +64,16 @@ def make_folds(samples: Samples, config: TuneConfig) -> Folds:
     most = smallest - -(-smallest // config.folds)  # the inner folds see all but one outer fold
     if config.folds > most:
         raise UserError(f"--folds {config.folds}: the smallest class has {smallest} images; lower it, or add images")
-    blank = np.zeros(len(labels))
     repeated = RepeatedStratifiedKFold(n_splits=config.folds, n_repeats=config.cv_repeats, random_state=config.seed)
-    outer = StratifiedKFold(config.folds, shuffle=True, random_state=(config.seed + 1) % NUM_SEEDS)
-    inner = StratifiedKFold(config.folds, shuffle=True, random_state=(config.seed + 2) % NUM_SEEDS)
+    outer, inner = (
+        StratifiedKFold(config.folds, shuffle=True, random_state=(config.seed + offset) % NUM_SEEDS)
+        for offset in (1, 2)
+    )
     nested = [
-        ((rest, held), [(rest[a], rest[b]) for a, b in inner.split(blank[rest], labels[rest])])
-        for rest, held in outer.split(blank, labels)
+        ((rest, held), [(rest[a], rest[b]) for a, b in inner.split(rest, labels[rest])])
+        for rest, held in outer.split(labels, labels)
     ]
-    return Folds(list(repeated.split(blank, labels)), nested)
+    return Folds(list(repeated.split(labels, labels)), nested)
 
 
 def score_images(logits: Tensor, labels: Tensor) -> np.ndarray:
@@ -90,8 +92,8 @@ def score_trial(folds: Folds, held_out: Sequence[np.ndarray]) -> TrialResult:
     num_folds, num_images = len(folds.nested), sum(map(len, folds.repeated[0]))
     num_repeated = min(len(held_out), len(folds.repeated))
     scores = np.full((2, -(-num_repeated // num_folds), num_images), np.nan)
-    for place, (_, held) in enumerate(folds.repeated[:num_repeated]):
-        scores[:, place // num_folds, held] = held_out[place]
+    for index, (_, held) in enumerate(folds.repeated[:num_repeated]):
+        scores[:, index // num_folds, held] = held_out[index]
     losses = pd.DataFrame(scores[0])  # its means are of the images that were held out
     groups = [held_out[at : at + 1 + num_folds] for at in range(num_repeated, len(held_out), 1 + num_folds)]
     return TrialResult(
@@ -117,9 +119,7 @@ def paired_difference(
     with np.errstate(invalid="ignore"):
         differences = np.where(ones == others, 0.0, others - ones)  # two diverged ones do not differ
     mean = float(differences.mean())
-    if not np.isfinite(mean):
-        return mean, mean, mean
-    error = half_width(differences, num_comparisons)
+    error = half_width(differences, num_comparisons) if np.isfinite(mean) else 0.0
     return mean, mean - error, mean + error
 
 
@@ -138,28 +138,16 @@ def tabulate_trials(results: list[TrialResult], schedules: list[Schedule]) -> pd
     not that of which images there are. `is_distinguishable` is whether the loss is above the winner's by more than
     the noise between images, the winner's selection among all trials included.
     """
-    num_folds = max(len(result.fold_log_losses) for result in results)
-    complete = [result for result in results if len(result.fold_log_losses) == num_folds]
-    best = min(complete, key=lambda result: result.log_loss)
+    best = min(results, key=lambda result: (-len(result.fold_log_losses), result.log_loss))
     rows = []
     for trial, (result, schedule) in enumerate(zip(results, schedules, strict=True)):
         error = half_width(np.asarray(result.repeat_log_losses))
         _, low, _ = paired_difference(best.image_log_losses, result.image_log_losses, max(1, len(results) - 1))
-        rows.append(
-            {
-                "trial": trial,
-                **schedule,
-                "log_loss": result.log_loss,
-                "log_loss_low": result.log_loss - error,
-                "log_loss_high": result.log_loss + error,
-                "accuracy": result.accuracy,
-                "num_folds": len(result.fold_log_losses),
-                "is_baseline": trial == 0,
-                "is_winner": result is best,
-                "is_distinguishable": low > 0,
-                **{f"fold_{index}": value for index, value in enumerate(result.fold_log_losses)},
-            }
-        )
+        row = {"trial": trial, **schedule, "log_loss": result.log_loss}
+        row |= {"log_loss_low": result.log_loss - error, "log_loss_high": result.log_loss + error}
+        row |= {"accuracy": result.accuracy, "num_folds": len(result.fold_log_losses)}
+        row |= {"is_baseline": trial == 0, "is_winner": result is best, "is_distinguishable": low > 0}
+        rows.append(row | {f"fold_{index}": loss for index, loss in enumerate(result.fold_log_losses)})
     return pd.DataFrame(rows)
 
 
@@ -171,25 +159,22 @@ def summarize(results: list[TrialResult], schedules: list[Schedule], trials: pd.
     much they are below the baseline's.
     """
     winner = int(trials["is_winner"].to_numpy().argmax())
-    figures: dict[str, float | int] = {
-        "num_trials": len(results),
-        "num_not_distinguishable": int((~trials["is_distinguishable"]).sum()) - 1,
-    }
+    num_alike = int((~trials["is_distinguishable"]).sum()) - 1
+    figures: dict[str, float | int] = {"num_trials": len(results), "num_not_distinguishable": num_alike}
     for name, trial in (("winner", winner), ("baseline", 0)):
         figures[f"{name}/trial"] = trial
         figures |= {f"{name}/{key}": value for key, value in schedules[trial].items()}
         figures |= {f"{name}/log_loss": results[trial].log_loss, f"{name}/accuracy": results[trial].accuracy}
-    losses = [results[trial].image_log_losses for trial in (winner, 0)]
-    gain = paired_difference(*losses, num_comparisons=max(1, len(results) - 1))
-    figures |= dict(zip(("gain/log_loss", "gain/log_loss_low", "gain/log_loss_high"), gain, strict=True))
-    if not results[0].nested_inner:
+    best, baseline = results[winner], results[0]
+    gain = paired_difference(best.image_log_losses, baseline.image_log_losses, max(1, len(results) - 1))
+    figures |= {f"gain/log_loss{bound}": value for bound, value in zip(BOUNDS, gain, strict=True)}
+    if not baseline.nested_inner:
         return figures
     nested: list[tuple[float, ...]] = []  # of each image: loss, is right, the baseline's loss
-    for fold, (base_losses, _) in enumerate(results[0].nested_outer):
+    for fold, (base_losses, _) in enumerate(baseline.nested_outer):
         chosen = min(results, key=lambda result, fold=fold: result.nested_inner[fold])
         nested += zip(*chosen.nested_outer[fold], base_losses, strict=True)
     outer, right, base = np.array(nested).T
     figures |= {"nested/log_loss": float(outer.mean()), "nested/accuracy": float(right.mean())}
-    return figures | dict(
-        zip(("nested/gain", "nested/gain_low", "nested/gain_high"), paired_difference(outer, base), strict=True)
-    )
+    gain = paired_difference(outer, base)
+    return figures | {f"nested/gain{bound}": value for bound, value in zip(BOUNDS, gain, strict=True)}

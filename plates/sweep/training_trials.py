@@ -78,10 +78,10 @@ def pack_trials(plan: Plan, config: TuneConfig, nodes: list[Node]) -> tuple[Plan
     Raises: UserError where not even one trial fits.
     """
     num_workers = 1 if config.num_workers == "auto" else max(1, plan.num_workers)
-    num_places = sum(node.num_gpus if plan.device == "cuda" else node.num_cpus for node in nodes)
+    num_units = sum(node.num_gpus if plan.device == "cuda" else node.num_cpus for node in nodes)
     alone = config.cpus_per_worker or 1
     beside = config.cpus_per_worker or (1 if plan.device == "cuda" else MIN_CPUS_PER_WORKER)
-    for num_concurrent in range(max(1, min(config.num_trials, num_places // num_workers)), 0, -1):
+    for num_concurrent in range(max(1, min(config.num_trials, num_units // num_workers)), 0, -1):
         cpus = share_cpus(num_workers * num_concurrent, plan.device, nodes)
         if cpus and cpus >= (beside if num_concurrent > 1 else alone):
             cpus = config.cpus_per_worker or cpus
@@ -97,12 +97,12 @@ def score_folds(task: Task, folds: Folds, schedule: Schedule, plan: Plan, folder
     A fold's scores are kept in `folder`, its training state, which is large, only until they are there.
     """
     samples = task.dataset.train
-    held_out: list[np.ndarray] = []
-    for place, (kept, held) in enumerate(folds.repeated):
-        file = folder / f"{place}.json"
+    held_out = []
+    for index, (kept, held) in enumerate(folds.repeated):
+        file = folder / f"{index}.json"
         if not file.exists():
             dataset = replace(task.dataset, train=samples.take(kept), val=samples.take(held), test=Samples.of())
-            fold = replace(task, config=replace(task.config, **schedule), dataset=dataset, run=folder / f"{place}")
+            fold = replace(task, config=replace(task.config, **schedule), dataset=dataset, run=folder / f"{index}")
             logits = run_loop(train, fold, plan).val_logits
             write_json(file, score_images(logits, dataset.val.labels).tolist())
             remove_tree(fold.run)

@@ -16,7 +16,7 @@ from plates.model import Classifier, build_classifier
 from plates.timing import Phases, device_name, rate
 from plates.train_loop.end_to_end import train_end_to_end
 from plates.train_loop.frozen import labelled_features, train_head
-from plates.train_loop.group import Worker, gather, shard
+from plates.train_loop.group import Worker, gather, share_of
 from plates.train_loop.shared import SharedFeatures
 from plates.train_loop.task import Predicted, Task, Trained
 from plates.transforms import Preprocessing, draw_view, to_picture, view_batch
@@ -49,20 +49,19 @@ class Clock:
     ) -> list[dict[str, Any]]:
         """Each worker's row of timing.csv, and how many training images it computed, on rank 0; all take part."""
         seconds, worker = self.phases.seconds, self.worker
-        return gather(
-            {
-                "rank": worker.rank,
-                "node": this_node(worker.is_ray),
-                "device": worker.device.type,
-                "device_name": device_name(worker.device),
-                "startup_s": self.startup_s,
-                **{f"{phase}_s": seconds[phase] for phase in ("data", "train", "inference")},
-                "train_images_per_sec": rate(num_train_images, seconds["train"]),
-                "inference_images_per_sec": rate(num_predicted, seconds["inference"]),
-                "num_train_images": num_train_images,
-                "steady_images_per_sec": steady_rate,
-            }
-        )
+        row = {
+            "rank": worker.rank,
+            "node": this_node(worker.is_ray),
+            "device": worker.device.type,
+            "device_name": device_name(worker.device),
+            "startup_s": self.startup_s,
+            **{f"{phase}_s": seconds[phase] for phase in ("data", "train", "inference")},
+            "train_images_per_sec": rate(num_train_images, seconds["train"]),
+            "inference_images_per_sec": rate(num_predicted, seconds["inference"]),
+            "num_train_images": num_train_images,
+            "steady_images_per_sec": steady_rate,
+        }
+        return gather(row)
 
 
 def train(task: Task, worker: Worker) -> Trained | None:
@@ -77,7 +76,7 @@ def train(task: Task, worker: Worker) -> Trained | None:
     else:
         fitted = train_end_to_end(task, worker, model, clock.phases)
         shared = SharedFeatures(task, worker, model.trunk, is_trained=True)
-    predicted = predict_test(task, clock, model, shared, fitted.num_images)
+    predicted = predict_test(clock, shared, model, fitted.num_images)
     if predicted is None or fitted.val_logits is None:
         return None
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
@@ -91,47 +90,42 @@ def predict(bundle: Bundle, task: Task, worker: Worker) -> Predicted | None:
     clock = Clock(task, worker)
     model = rebuild_model(bundle)
     shared = SharedFeatures(task, worker, model.trunk, is_trained=task.config.trainable != "head")
-    return predict_test(task, clock, model, shared, 0)
+    return predict_test(clock, shared, model, num_train_images=0)
 
 
 def compute_features(task: Task, worker: Worker) -> Features | None:
     """The trunk's features alone, for many heads; rank 0 returns them."""
     clock = Clock(task, worker)
-    shared = SharedFeatures(task, worker, build_model(task).trunk)
+    model = build_model(task)
+    shared = SharedFeatures(task, worker, model.trunk)
     with clock.phases.measure("train"):
         train, val, _ = labelled_features(task, shared)
-    num_before, steady_rate = shared.num_computed, worker.pace.steady_rate()
-    with clock.phases.measure("inference"):
-        stored, is_read = shared.complete_test()
-        test = shared.on_rank_0(stored)
-    num_images = len(shard(range(len(task.dataset.train)), worker)) * (task.config.num_views or task.config.epochs)
-    timings = clock.gather_rows(num_images, shared.num_computed - num_before, steady_rate)
+    num_images = len(share_of(range(len(task.dataset.train)), worker)) * (task.config.num_views or task.config.epochs)
+    test = predict_test(clock, shared, model, num_images, has_head=False)
     if train is None or val is None or test is None:
         return None
-    num_features = val[:1].shape[1]
-    return Features(train[:], val[:], spread(test[:], is_read, num_features), shared.errors, timings)
+    return Features(train[:], val[:], test.logits, test.errors, test.timings)
 
 
 def predict_test(
-    task: Task, clock: Clock, model: Classifier, shared: SharedFeatures, num_train_images: int
+    clock: Clock, shared: SharedFeatures, model: Classifier, num_train_images: int, *, has_head: bool = True
 ) -> Predicted | None:
-    """The last part of every loop: the test split through the trunk, each worker its share, and the head on it."""
+    """The last part of every loop: the test split through the trunk, each worker its share, and the head on it.
+
+    has_head: without it the features stand in the place of the logits.
+    """
     num_before, steady_rate = shared.num_computed, clock.worker.pace.steady_rate()  # of training alone
     with clock.phases.measure("inference"):
         stored, is_read = shared.complete_test()
-        logits = shared.logits(model.head, stored)
+        rows = shared.logits(model.head, stored) if has_head else shared.on_rank_0(stored)
     timings = clock.gather_rows(num_train_images, shared.num_computed - num_before, steady_rate)
-    if logits is None:
+    if rows is None:
         return None
-    return Predicted(spread(logits, is_read, model.head.out_features), shared.errors, timings)
-
-
-def spread(rows: Tensor, is_read: np.ndarray, num_columns: int) -> Tensor:
-    """(N, num_columns): a row for each image that was read, in turn, and not a number for the others."""
-    whole = torch.full((len(is_read), num_columns), torch.nan)
+    num_columns = model.head.out_features if has_head else model.head.in_features
+    outputs = torch.full((len(is_read), num_columns), torch.nan)
     if len(rows):  # none has no columns
-        whole[torch.from_numpy(is_read)] = rows
-    return whole
+        outputs[torch.from_numpy(is_read)] = rows[:]
+    return Predicted(outputs, shared.errors, timings)
 
 
 def build_model(task: Task) -> Classifier:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
+from math import ceil
 
 import torch
 import torch.distributed as dist
@@ -11,32 +12,21 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from plates import metrics
-from plates.dataset import Sample, row_groups
+from plates.dataset import Sample, Samples, row_groups
 from plates.device import DTYPES, move
-from plates.head import FIGURES, epoch_order, make_optimizer
+from plates.features import EVAL, Views, make_numbered, no_views
+from plates.head import FIGURES, epoch_order
 from plates.images import prefetch
 from plates.model import Classifier, set_trainable
 from plates.sources import Source
 from plates.timing import Phases
-from plates.train_loop.group import (
-    Worker,
-    all_reduce_sum,
-    batch_share,
-    gather,
-    interleave,
-    progress,
-    shard,
-    tell_left,
-)
+from plates.train_loop.group import Worker, all_reduce_sum, gather, interleave, progress, share_of, tell_left
 from plates.train_loop.resume import SavedState
 from plates.train_loop.task import Fitted, Task
-from plates.transforms import View, draw_view, eval_view, make_views, to_input
+from plates.transforms import to_input
 
 EVAL_BATCH_SIZE_PER_WORKER = 64
 logger = logging.getLogger(__name__)
-LOSS_SCALE = (
-    1024.0  # at the start; with torch's 65536 drawn plates lost one of their first 5 steps, which matter most
-)
 IMAGE_CACHE_BYTES = 1 << 30  # decoded images that a worker keeps; what does not fit is decoded again each epoch
 
 
@@ -59,6 +49,12 @@ class ImageCache:
                 self.images[path] = image
         return image
 
+    def warm(self, samples: Sequence[Sample]) -> None:
+        """Decodes images ahead of the first epoch until the budget is spent."""
+        for image in prefetch(lambda sample: self.read(sample.path), samples, num_ahead=8, device=self.device):
+            if image.nbytes > self.num_free_bytes:
+                return
+
 
 def train_end_to_end(task: Task, worker: Worker, model: Classifier, phases: Phases) -> Fitted:
     """The loop for `layer4` and `all`: every epoch through the whole model."""
@@ -66,17 +62,15 @@ def train_end_to_end(task: Task, worker: Worker, model: Classifier, phases: Phas
     parameters = set_trainable(model, task.config.trainable)
     cache = ImageCache(task.dataset.source, worker.device)
     with phases.measure("data"):
-        warm(cache, [*task.dataset.train, *task.dataset.val])
+        cache.warm([*task.dataset.train, *task.dataset.val])
     with phases.measure("train"):
         state, num_images = train_epochs(task, worker, model, parameters, cache)
         val_logits = evaluate(task, worker, model, cache).cpu()
-    shards = gather(val_logits)
-    return Fitted(
-        state.history,
-        interleave(shards, worker) if shards else val_logits,
-        num_images,
-        num_skipped_steps=state.num_skipped_steps,
-    )
+    rows = interleave(gather(val_logits), worker)
+    num_steps = task.config.epochs * ceil(len(task.dataset.train) / task.config.global_batch_size)
+    num_skipped = num_steps - state.num_taken_steps()
+    val_logits = torch.stack(rows) if rows else val_logits
+    return Fitted(state.history, val_logits, num_images, num_skipped_steps=num_skipped)
 
 
 def autocast(task: Task, worker: Worker) -> torch.autocast:
@@ -97,17 +91,16 @@ def train_epochs(
         training images this worker computed.
     """
     config, dataset = task.config, task.dataset
-    optimizer, scheduler = make_optimizer(parameters, config.lr, config.step_size, config.gamma)
-    scaler = torch.amp.GradScaler(worker.device.type, LOSS_SCALE, enabled=task.precision == "fp16")
-    state = SavedState(task, parameters, optimizer, scheduler, scaler)
+    state = SavedState(task, parameters, worker.device)
     state.restore(worker)
+    optimizer, scaler = state.optimizer, state.scaler
     groups, num_images = row_groups(dataset.source, dataset.train), 0
     forward = sum_gradients(model) if dist.is_initialized() else model
     epochs = range(len(state.history), config.epochs)
     tell_left(task.run, len(epochs) + len(dataset.test), worker)
     for epoch in progress(epochs, len(epochs), "training", "epoch", worker):
         lr, num_taken = optimizer.param_groups[0]["lr"], state.num_taken_steps()
-        sums, num_steps = torch.zeros(3, dtype=torch.float64, device=worker.device), 0
+        sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
         order = epoch_order(config.seed, epoch, groups).tolist()
         for batch, labels, global_count in train_batches(task, worker, epoch, order, cache):
             with autocast(task, worker):
@@ -119,17 +112,15 @@ def train_epochs(
             scaler.update()
             sums += metrics.batch_sums(logits, labels)
             num_images += len(labels)
-            num_steps += 1
             worker.pace.num_images += len(labels)
-        num_skipped = num_steps - (state.num_taken_steps() - num_taken)
-        if num_skipped == num_steps and worker.rank == 0:
+        if state.num_taken_steps() == num_taken and worker.rank == 0:
             logger.warning("epoch %d: all steps overflowed in fp16 and were skipped; use bf16 or fp32", epoch)
-        scheduler.step()
+        state.scheduler.step()
         val_logits = evaluate(task, worker, model, cache)
-        val_labels = move(dataset.val.labels[shard(range(len(dataset.val)), worker)], worker.device)
+        val_labels = move(dataset.val.labels[share_of(range(len(dataset.val)), worker)], worker.device)
         val_sums = metrics.batch_sums(val_logits, val_labels)
-        figures = chain(*(metrics.divide(all_reduce_sum(found)) for found in (sums, val_sums)))
-        state.add_epoch({"epoch": epoch, **dict(zip(FIGURES, (lr, *figures), strict=True))}, num_skipped)
+        figures = (lr, *metrics.divide(all_reduce_sum(sums)), *metrics.divide(all_reduce_sum(val_sums)))
+        state.history.append({"epoch": epoch, **dict(zip(FIGURES, figures, strict=True))})
         worker.pace.count(len(val_logits))
         if worker.rank == 0:
             state.save(is_last=epoch == config.epochs - 1)
@@ -159,53 +150,39 @@ def train_batches(
 
     A worker without images in a batch gets B = 0, and takes part with a loss of zero.
     """
-    config, samples, labels = task.config, task.dataset.train, task.dataset.train.labels
-    view_index = epoch % (config.num_views or config.epochs)
-
-    def load(index: int) -> tuple[Tensor, View]:
-        image, path = cache.read(samples[index].path), samples[index].path
-        view = draw_view(config.seed, view_index, path, *image.shape[1:])
-        return make_views(image, [view], task.preprocessing), view
-
-    size = config.global_batch_size
+    config, labels = task.config, task.dataset.train.labels
+    size, view = config.global_batch_size, epoch % (config.num_views or config.epochs)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    shares = [batch_share(whole, worker) for whole in batches]
-    loaded = prefetch(load, chain(*shares), num_ahead=2 * len(shares[0]), device=worker.device)
-    for whole, mine in zip(batches, shares, strict=True):
-        inputs = join(list(islice(loaded, len(mine))), task, worker)
-        yield inputs, move(labels[mine], worker.device), len(whole)
-
-
-def join(loaded: Sequence[tuple[Tensor, View]], task: Task, worker: Worker) -> Tensor:
-    """Pictures (1, 3, S, S) and their views as the model's input, (B, 3, S, S); B may be 0."""
-    size = task.preprocessing.image_size
-    none = torch.empty((0, 3, size, size), dtype=torch.uint8, device=worker.device)
-    is_flipped = torch.tensor([view.is_flipped for _, view in loaded], dtype=torch.bool)
-    return to_input(
-        torch.cat([none, *(picture for picture, _ in loaded)]), move(is_flipped, worker.device), task.preprocessing
-    )
+    shares = [share_of(batch, worker, num_together=1) for batch in batches]
+    loaded = load_batches(task, cache, task.dataset.train, shares, view)
+    for batch, share, inputs in zip(batches, shares, loaded, strict=True):
+        yield inputs, move(labels[share], worker.device), len(batch)
 
 
 @torch.inference_mode()
 def evaluate(task: Task, worker: Worker, model: Classifier, cache: ImageCache) -> Tensor:
     """(n, C) logits on the device of this worker's share of the validation images."""
-
-    def load(place: int) -> tuple[Tensor, View]:
-        image = cache.read(task.dataset.val[place].path)
-        view = eval_view(task.preprocessing, *image.shape[1:])
-        return make_views(image, [view], task.preprocessing), view
-
-    mine = shard(range(len(task.dataset.val)), worker)
-    loaded = prefetch(load, mine, num_ahead=2 * EVAL_BATCH_SIZE_PER_WORKER, device=worker.device)
+    share = share_of(range(len(task.dataset.val)), worker)
+    batches = [share[i : i + EVAL_BATCH_SIZE_PER_WORKER] for i in range(0, len(share), EVAL_BATCH_SIZE_PER_WORKER)]
     logits = [torch.zeros((0, model.head.out_features), device=worker.device)]
-    while batch := list(islice(loaded, EVAL_BATCH_SIZE_PER_WORKER)):
+    for inputs in load_batches(task, cache, task.dataset.val, batches, EVAL):
         with autocast(task, worker):
-            logits.append(model(join(batch, task, worker)).float())
+            logits.append(model(inputs).float())
     return torch.cat(logits)
 
 
-def warm(cache: ImageCache, samples: Sequence[Sample]) -> None:
-    """Decodes images ahead of the first epoch until the cache's budget is spent."""
-    for image in prefetch(lambda sample: cache.read(sample.path), samples, num_ahead=8, device=cache.device):
-        if image.nbytes > cache.num_free_bytes:
-            return
+def load_batches(
+    task: Task, cache: ImageCache, samples: Samples, batches: Sequence[Sequence[int]], view: int
+) -> Iterator[Tensor]:
+    """One view of the images of each batch as input, (B, 3, S, S), read ahead by threads; B may be 0."""
+    preprocessing = task.preprocessing
+
+    def load(index: int) -> Views:
+        path = samples[index].path
+        return make_numbered(cache.read(path), path, [view], task.config.seed, preprocessing)
+
+    loaded = prefetch(load, chain(*batches), 2 * max([1, *map(len, batches)]), cache.device)
+    nothing = no_views(preprocessing, cache.device)
+    for batch in batches:
+        pictures, flips = map(torch.cat, zip(nothing, *islice(loaded, len(batch)), strict=True))
+        yield to_input(pictures, move(flips, cache.device), preprocessing)

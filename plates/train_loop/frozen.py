@@ -5,7 +5,7 @@ from plates.features import EVAL
 from plates.head import HeadSettings, fit_heads
 from plates.model import Classifier
 from plates.store import FeatureRows
-from plates.train_loop.group import Worker, broadcast, shard
+from plates.train_loop.group import Worker, broadcast, share_of
 from plates.train_loop.shared import SharedFeatures
 from plates.train_loop.task import Fitted, Task
 
@@ -38,7 +38,7 @@ def train_head(task: Task, worker: Worker, model: Classifier, shared: SharedFeat
         val_logits = heads.logits(val[:])[0]
         history = heads.history(0)
     model.head.load_state_dict(broadcast(model.head.state_dict()))
-    return Fitted(history, val_logits, len(shard(range(len(dataset.train)), worker)) * config.epochs, is_reused)
+    return Fitted(history, val_logits, len(share_of(range(len(dataset.train)), worker)) * config.epochs, is_reused)
 
 
 def labelled_features(task: Task, shared: SharedFeatures) -> tuple[FeatureRows | None, FeatureRows | None, bool]:
@@ -46,8 +46,8 @@ def labelled_features(task: Task, shared: SharedFeatures) -> tuple[FeatureRows |
     stored before. Every worker takes part."""
     dataset, views = task.dataset, range(task.config.num_views or task.config.epochs)
     num_val, num_test = len(dataset.val), len(dataset.test)
-    shown = f"features in {task.precision}"
-    of_train = shared.complete(dataset.train, views, shown, num_later=num_val + num_test)
+    description = f"features in {task.precision}"
+    of_train = shared.complete(dataset.train, views, description, num_later=num_val + num_test)
     train = shared.on_rank_0(of_train)
     val = shared.on_rank_0(shared.complete(dataset.val, [EVAL], num_later=num_test))
     if train is not None:

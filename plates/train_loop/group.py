@@ -1,9 +1,8 @@
 """The group of workers: who one is, its share, and what all of them add up or hand to rank 0."""
 
-import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +15,7 @@ from plates.storage import Place
 from plates.timing import Pace
 
 ItemT = TypeVar("ItemT")
-MAX_RUN, RUNS_PER_WORKER = 64, 32  # the shares differ by one run at most: 3% of the work
+MAX_TOGETHER, STRETCHES_PER_WORKER = 64, 32  # the shares differ by one stretch at most: 3% of the work
 LEFT_FILE = "left"  # in Ray Train's folder of the run directory: how much work a group found to do
 STATE_FOLDER = ".ray_train"  # Ray Train's own bookkeeping inside the run directory, gone when the run is done
 
@@ -37,34 +36,28 @@ class Worker:
         return self.threads[self.rank]
 
 
-def shard(items: Sequence[ItemT], worker: Worker) -> list[ItemT]:
-    """This worker's share, by its threads: runs of neighbours dealt in turn, to read whole row groups of a large data
-    set."""
-    turns = deal(worker.threads)
-    run = min(MAX_RUN, max(1, len(items) // (RUNS_PER_WORKER * len(turns))))
-    return [item for place, item in enumerate(items) if turns[place // run % len(turns)] == worker.rank]
+def ranks_of(num_items: int, worker: Worker, num_together: int | None = None) -> list[int]:
+    """The rank that each of so many items falls to: as often as it has threads, evenly spread.
+
+    num_together: neighbours that fall to one rank; by default some, to read whole row groups of a large data set.
+    """
+    counts = [count // math.gcd(*worker.threads) for count in worker.threads]
+    turns = sorted(((turn + 0.5) / count, rank) for rank, count in enumerate(counts) for turn in range(count))
+    if num_together is None:
+        num_together = min(MAX_TOGETHER, max(1, num_items // (STRETCHES_PER_WORKER * len(turns))))
+    return [turns[index // num_together % len(turns)][1] for index in range(num_items)]
 
 
-def batch_share(items: Sequence[ItemT], worker: Worker) -> list[ItemT]:
-    """This worker's share of one global batch, by its threads: every world_size-th where all have as many."""
-    turns = deal(worker.threads)
-    return [item for place, item in enumerate(items) if turns[place % len(turns)] == worker.rank]
+def share_of(items: Sequence[ItemT], worker: Worker, num_together: int | None = None) -> list[ItemT]:
+    """The items that fall to this worker."""
+    ranks = ranks_of(len(items), worker, num_together)
+    return [item for item, rank in zip(items, ranks, strict=True) if rank == worker.rank]
 
 
-@functools.cache
-def deal(threads: tuple[int, ...]) -> list[int]:
-    """Ranks in the order in which items are dealt: each as often as it has threads, evenly spread."""
-    counts = [count // math.gcd(*threads) for count in threads]
-    turns = [((turn + 0.5) / count, rank) for rank, count in enumerate(counts) for turn in range(count)]
-    return [rank for _, rank in sorted(turns)]
-
-
-def interleave(shards: Sequence[Tensor], worker: Worker) -> Tensor:
-    """Undoes `shard`: the (N, ...) rows of all workers in the samples' order."""
-    whole = torch.zeros((sum(len(part) for part in shards), *shards[0].shape[1:]))
-    for rank, part in enumerate(shards):
-        whole[shard(range(len(whole)), replace(worker, rank=rank))] = part
-    return whole
+def interleave(shares: Sequence[Sequence[ItemT]], worker: Worker) -> list[ItemT]:
+    """Undoes `share_of`: the items of the shares of all workers, by rank, in their order."""
+    rest = [iter(share) for share in shares]
+    return [next(rest[rank]) for rank in ranks_of(sum(map(len, shares)), worker)]
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from plates.dataset import Samples, in_threads
-from plates.features import EVAL, FrozenTrunk, compute_features, row_keys, trunk_key
+from plates.features import EVAL, FrozenTrunk, Wanted, compute_features, row_keys, trunk_key
 from plates.rundir import FEATURES_FOLDER
 from plates.store import BYTES_PER_PART, FeatureRows, FeatureStore
-from plates.train_loop.group import Worker, all_gather, broadcast, gather, progress, shard, tell_left
+from plates.train_loop.group import Worker, all_gather, broadcast, gather, interleave, progress, share_of, tell_left
 from plates.train_loop.task import Task
 
 ROWS_AT_ONCE = 4096  # through the head
@@ -30,9 +31,9 @@ class StoredRows:
     is_reused: bool
 
     def of_rank(self, rank: int) -> tuple[np.ndarray, pa.Array]:
-        """Places and keys of the rows that it hands in."""
-        places = np.flatnonzero(self.ranks == rank)
-        return places, self.keys.take(pa.array(places))
+        """Indices and keys of the rows that it hands in."""
+        indices = np.flatnonzero(self.ranks == rank)
+        return indices, self.keys.take(pa.array(indices))
 
 
 class SharedFeatures:
@@ -73,24 +74,24 @@ class SharedFeatures:
             missing = (ranks < 0).reshape(len(samples), len(views))
             if self.errors:
                 missing[[sample.path in self.errors for sample in samples]] = False
-            places = np.flatnonzero(missing.any(1)).tolist()
-            tell_left(self.task.run, len(places) + num_later, self.worker)
-            if not places:
+            indices = np.flatnonzero(missing.any(1)).tolist()
+            tell_left(self.task.run, len(indices) + num_later, self.worker)
+            if not indices:
                 return StoredRows(keys, ranks, is_reused)
-            mine = shard(places, self.worker)
-            wanted = ((samples[place].path, [views[view] for view in np.flatnonzero(missing[place]).tolist()])
-                      for place in mine)  # fmt: skip
-            rows = self.compute(wanted, may_fail) if mine else iter(())
-            shown = progress(rows, len(mine), description, "image", self.worker) if description else rows
-            for place, computed in zip(mine, shown, strict=True):
-                for view, row in zip(np.flatnonzero(missing[place]).tolist(), computed, strict=bool(len(computed))):
-                    self.store.add(keys[place * len(views) + view].as_py(), row)
+            share = share_of(indices, self.worker)
+            wanted = ((samples[index].path, np.array(views)[missing[index]].tolist()) for index in share)
+            rows = self.compute(wanted, may_fail) if share else iter(())
+            shown = progress(rows, len(share), description, "image", self.worker) if description else rows
+            for index, computed in zip(share, shown, strict=True):
+                row_indices = index * len(views) + np.flatnonzero(missing[index])
+                for row_index, row in zip(row_indices.tolist(), computed, strict=len(computed) > 0):
+                    self.store.add(keys[row_index].as_py(), row)
             self.store.flush()
             for errors in all_gather(self.errors):
                 self.errors |= errors
         raise FileNotFoundError(f"{self.store.folder}: features cannot be stored and read back; run again")
 
-    def compute(self, wanted: Iterable[tuple[str, Sequence[int]]], may_fail: bool) -> Iterator[Tensor]:
+    def compute(self, wanted: Iterable[Wanted], may_fail: bool) -> Iterator[Tensor]:
         """(V, F) of each path and its views; (0, F) of an image that may fail and does."""
         if self.fast_trunk is None:
             device, precision, pace = self.worker.device, self.task.precision, self.worker.pace
@@ -106,48 +107,40 @@ class SharedFeatures:
         Returns: the rows of the images that can be read, and (N,) which these are.
         """
         samples, worker = self.task.dataset.test, self.worker
-        shares = [shard(range(len(samples)), replace(worker, rank=rank)) for rank in range(worker.world_size)]
-        mine = in_threads(self.task.dataset.source.digest, samples.take(shares[worker.rank]))
-        digests: list[bytes | None] = [None] * len(samples)
-        for places, found in zip(shares, all_gather([*mine]), strict=True):
-            for place, digest in zip(places, found, strict=True):
-                if isinstance(digest, bytes):
-                    digests[place] = digest
-                else:
-                    self.errors[samples[place].path] = str(digest)
-        is_hashed = np.array([digest is not None for digest in digests], bool)
-        hashed = samples.with_digests(digests).where(is_hashed.tolist())
+        share = samples.take(share_of(range(len(samples)), worker))
+        found = interleave(all_gather([*in_threads(self.task.dataset.source.digest, share)]), worker)
+        digests = [digest if isinstance(digest, bytes) else None for digest in found]
+        is_read = np.array([digest is not None for digest in digests], bool)
+        self.errors |= {samples[index].path: str(found[index]) for index in np.flatnonzero(~is_read).tolist()}
+        hashed = samples.with_digests(digests).where(is_read.tolist())
         stored = self.complete(hashed, [EVAL], "predicting", may_fail=True)
         has_row = stored.ranks >= 0
-        is_read = is_hashed.copy()
-        is_read[is_hashed] = has_row
-        keys = stored.keys.take(pa.array(np.flatnonzero(has_row)))
-        return replace(stored, keys=keys, ranks=stored.ranks[has_row]), is_read
+        is_read[np.flatnonzero(is_read)] = has_row
+        return replace(stored, keys=stored.keys.filter(pa.array(has_row)), ranks=stored.ranks[has_row]), is_read
 
     def on_rank_0(self, stored: StoredRows) -> FeatureRows | None:
         """The rows, on rank 0; every worker takes part. What lies in the caches of other nodes alone is sent, a part
         at a time, and stored there, too."""
         rank = self.worker.rank
         if (stored.ranks > 0).any():
-            _, keys = stored.of_rank(rank) if rank else (None, stored.keys[:0])
+            keys = stored.of_rank(rank)[1] if rank else stored.keys[:0]
             rows = self.store.rows(keys)
             num_at_once = max(1, BYTES_PER_PART // max(1, rows[:1].nbytes))
-            starts = range(0, len(keys), num_at_once)
-            for turn in range(max(all_gather(len(starts)))):
+            for turn in range(max(all_gather(ceil(len(keys) / num_at_once)))):
                 part = slice(turn * num_at_once, (turn + 1) * num_at_once)
-                for names, values in gather((keys[part], rows[part])):
-                    if len(names):
-                        self.store.write(names, values)
+                for sent_keys, sent_rows in gather((keys[part], rows[part])):
+                    if len(sent_keys):
+                        self.store.write(sent_keys, sent_rows)
         return None if rank else self.store.rows(stored.keys)
 
     def logits(self, head: nn.Linear, stored: StoredRows) -> Tensor | None:
         """(n, C) of the rows, on rank 0. Every worker takes part, with those that it hands in."""
-        places, keys = stored.of_rank(self.worker.rank)
+        indices, keys = stored.of_rank(self.worker.rank)
         rows = self.store.rows(keys)
         weight, bias = head.weight.detach().cpu(), head.bias.detach().cpu()
         slices = (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(keys), ROWS_AT_ONCE))
         found = [linear(rows[part], weight, bias) for part in slices]
         logits = torch.empty(len(stored.keys), len(bias))
-        for where, values in gather((places, torch.cat([bias.new_empty(0, len(bias)), *found]))):
-            logits[torch.from_numpy(where)] = values
+        for sent_indices, values in gather((indices, torch.cat([bias.new_empty(0, len(bias)), *found]))):
+            logits[torch.from_numpy(sent_indices)] = values
         return None if self.worker.rank else logits

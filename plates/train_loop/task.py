@@ -41,7 +41,7 @@ def task_key(task: Task) -> str:
         for batch in samples.table.to_batches(max_chunksize=SAMPLES_PER_BATCH):
             images.update(repr(batch.to_pydict()).encode())
         images.update(b"end of split")
-    whole = {
+    described = {
         "settings": {name: value for name, value in asdict(task.config).items() if name not in NO_RESULT},
         "images": images.hexdigest(),
         "backbone": task.weights.backbone,
@@ -50,12 +50,12 @@ def task_key(task: Task) -> str:
         "precision": task.precision,
         "versions": versions(),
     }
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a way of training gives, with the model's weights set: history and logits on rank 0."""
+    """What training gives, with the model's weights set: history and logits on rank 0."""
 
     history: list[dict[str, float]]
     val_logits: Tensor | None

@@ -21,7 +21,7 @@ from test_train import CONFIG, train_on
 
 from plates.config import TrainConfig
 from plates.dataset import load_dataset
-from plates.rundir import STATE_FILE, find_run, write_whole
+from plates.rundir import STATE_FILE, find_run, write_atomically
 from plates.sources import FolderSource
 from plates.train_loop import resume
 from plates.weights import resolve_weights
@@ -191,7 +191,7 @@ def test_a_full_disk_names_the_file(small_disk):
         "a.parquet": lambda file: pd.DataFrame({"a": torch.randn(1_000_000).numpy()}).to_parquet(file),
     }.items():
         with pytest.raises(OSError, match=rf"No space left on device: '.*/{name}'") as raised:
-            write_whole(small_disk / name, write)
+            write_atomically(small_disk / name, write)
         assert raised.value.errno == errno.ENOSPC
     assert not list(small_disk.iterdir())
 

@@ -23,7 +23,7 @@ from plates import storage
 from plates.cluster import Plan
 from plates.dataset import load_dataset
 from plates.preflight import probe_nodes
-from plates.rundir import find_run, write_whole
+from plates.rundir import find_run, write_atomically
 from plates.sources import FolderSource
 from plates.storage import UriPath, place_of
 from ray_jobs import predict, train, tune
@@ -145,7 +145,9 @@ def test_an_interrupted_write_leaves_the_old_object_or_the_whole_new_one(after_s
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            write_whole(place, lambda file: file.write_bytes(new) and signal.setitimer(signal.ITIMER_REAL, after_s))
+            write_atomically(
+                place, lambda file: file.write_bytes(new) and signal.setitimer(signal.ITIMER_REAL, after_s)
+            )
             time.sleep(1)
     finally:
         signal.signal(signal.SIGALRM, before)

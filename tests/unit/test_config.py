@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from plates.command import run_job
-from plates.config import JOB_CONFIGS, CheckConfig, TrainConfig, TuneConfig, UserError
+from plates.config import JOB_CONFIGS, RULES, CheckConfig, TrainConfig, UserError
 
 DATA = {"data", "out", "skip_unreadable"}
 WORKER = {"num_workers", "device", "precision", "cpus_per_worker", "wait_for_nodes_s"}
@@ -25,6 +25,10 @@ FLAGS = {
 
 def test_the_flags_are_these():
     assert {job: {f.name for f in dataclasses.fields(config)} for job, config in JOB_CONFIGS.items()} == FLAGS
+
+
+def test_every_rule_is_of_a_setting():
+    assert {name for name, _, _ in RULES} <= set().union(*FLAGS.values())
 
 
 def test_the_defaults_are_the_published_recipe():
@@ -88,7 +92,13 @@ def test_configs_are_frozen():
         dataclasses.replace(config, lr=-1.0)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--num-trials", "0"), ("--folds", "1"), ("--cv-repeats", "0")])
-def test_a_bad_size_of_a_sweep_is_one_line(flag, value, capsys):
-    assert run_job(lambda config: 0, TuneConfig, "plates tune", [flag, value]) == 2
-    assert capsys.readouterr().err.startswith(f"plates tune: {flag} {value}: must be")
+@pytest.mark.parametrize(
+    ("job", "flag", "value"),
+    [("tune", "--num-trials", "0"), ("tune", "--folds", "1"), ("tune", "--cv-repeats", "0"), ("tune", "--seed", "-1"),
+     ("benchmark", "--repeats", "0"), ("benchmark", "--worker-counts", "0"), ("benchmark", "--image-size", "31"),
+     ("prepare", "--num-workers", "-1"), ("prepare", "--seed", "-1"), ("check", "--num-workers", "-1"),
+     ("train", "--cpus-per-worker", "0"), ("train", "--wait-for-nodes-s", "-1.0")],
+)  # fmt: skip
+def test_a_bad_number_is_one_line_in_every_job(job, flag, value, capsys):
+    assert run_job(lambda config: 0, JOB_CONFIGS[job], f"plates {job}", [flag, value]) == 2
+    assert capsys.readouterr().err.startswith(f"plates {job}: {flag} {value}: must be")

@@ -1,11 +1,14 @@
 """Shares of the images by each worker's threads."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from plates.train_loop.group import Worker, batch_share, interleave, shard
+from plates.train_loop.group import Worker, interleave, share_of
 
 CPU = torch.device("cpu")
+batch_share = partial(share_of, num_together=1)
 
 
 def workers_of(threads: tuple[int, ...]) -> list[Worker]:
@@ -15,20 +18,19 @@ def workers_of(threads: tuple[int, ...]) -> list[Worker]:
 @pytest.mark.parametrize("threads", [(4, 4), (8, 4), (7, 5, 3), (64, 1)])
 @pytest.mark.parametrize("count", [0, 1, 7, 13, 1000, 5003])
 def test_shares_are_whole_disjoint_and_undone(threads, count):
-    shards = [shard(range(count), worker) for worker in workers_of(threads)]
-    assert sorted(item for part in shards for item in part) == list(range(count))
-    rows = [torch.tensor(part, dtype=torch.float32)[:, None] for part in shards]
-    assert torch.equal(interleave(rows, workers_of(threads)[0])[:, 0], torch.arange(count, dtype=torch.float32))
+    shares = [share_of(range(count), worker) for worker in workers_of(threads)]
+    assert sorted(item for part in shares for item in part) == list(range(count))
+    assert interleave(shares, workers_of(threads)[0]) == list(range(count))
     batch = [batch_share(range(count), worker) for worker in workers_of(threads)]
     assert sorted(item for part in batch for item in part) == list(range(count))
 
 
 @pytest.mark.parametrize("threads", [(8, 4), (7, 5, 3), (4, 4, 4), (64, 1)])
 def test_shares_follow_the_threads(threads):
-    for share in (shard, batch_share):
-        counts = [len(share(range(6000), worker)) for worker in workers_of(threads)]
+    for deal in (share_of, batch_share):
+        counts = [len(deal(range(6000), worker)) for worker in workers_of(threads)]
         for count, mine in zip(counts, threads, strict=True):
-            assert count / 6000 == pytest.approx(mine / sum(threads), abs=0.02), share
+            assert count / 6000 == pytest.approx(mine / sum(threads), abs=0.02), deal
 
 
 def test_equal_threads_share_a_batch_as_every_world_sizeth():

@@ -60,7 +60,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(TypeError):
         rundir.write_json(path, {"a": object()})
     with pytest.raises(ZeroDivisionError):
-        rundir.write_whole(path, lambda file: file.write_text("half") and 1 / 0)
+        rundir.write_atomically(path, lambda file: file.write_text("half") and 1 / 0)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -99,7 +99,7 @@ def test_a_full_disk_is_named_whatever_the_library_says(tmp_path):
 
     (tmp_path / "a.csv").write_text("whole")
     with pytest.raises(OSError, match=r"No space left on device: '.*a\.csv'"):
-        rundir.write_whole(tmp_path / "a.csv", write)
+        rundir.write_atomically(tmp_path / "a.csv", write)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.csv", "whole")]
 
 

@@ -1,9 +1,10 @@
 """Every setting, once: the dataclasses that become the flags."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
 
@@ -12,11 +13,14 @@ from plates.backbones import BACKBONES, find_backbone
 Backbone = Annotated[str, tyro.conf.arg(metavar="|".join(["auto", *BACKBONES, "timm/NAME"]))]
 Trainable = Literal["head", "layer4", "all"]
 Device = Literal["auto", "cpu", "cuda"]
+Difficulty = Literal["easy", "hard"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 NumWorkers = Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="auto|N")]
 
 # The published loop is run in full where all its epochs are predicted, from its first ones, to take no longer.
 PUBLISHED_LIMIT_S, NUM_PUBLISHED_EPOCHS = 180.0, 3
+
+DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
 
 EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_SOME_UNREADABLE = 0, 1, 2, 3
 
@@ -30,10 +34,11 @@ def is_drawn(data: str) -> bool:
     return data.partition(":")[0] == "synthetic"
 
 
-def has_count(data: str) -> bool:
-    """Whether the N of synthetic:N, where there is one, is a whole number of at least 4."""
-    name, _, count = data.partition(":")
-    return name != "synthetic" or data == name or (count.isdecimal() and int(count) >= 4)
+def parse_drawn(data: str) -> tuple[int, Difficulty] | None:
+    """(number of labelled plates, difficulty) of synthetic[:N[:easy|hard]]; None of what does not follow that."""
+    found = re.fullmatch(f"synthetic(?::([0-9]+)(?::({'|'.join(get_args(Difficulty))}))?)?", data)
+    num_labelled = int(found[1] or DEFAULT_NUM_SYNTHETIC) if found else 0
+    return (num_labelled, cast(Difficulty, found[2] or "easy")) if found and num_labelled >= 4 else None
 
 
 AT_LEAST_1 = ("cpus_per_worker", "epochs", "step_size", "global_batch_size", "num_views", "num_trials", "cv_repeats",
@@ -41,7 +46,11 @@ AT_LEAST_1 = ("cpus_per_worker", "epochs", "step_size", "global_batch_size", "nu
 # By setting, in whichever job it is: what its value must be, unless it is None, and what is said where it is not.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data", bool, "give synthetic, synthetic:N or a folder"),
-    ("data", has_count, "synthetic:N needs a whole number N of at least 4"),
+    (
+        "data",
+        lambda data: not is_drawn(data) or parse_drawn(data) is not None,
+        "drawn plates are synthetic[:N[:easy|hard]], N a whole number of at least 4",
+    ),
     ("out", bool, "give a directory, or leave the flag out"),
     ("checkpoint", bool, "give RUN/checkpoint"),
     ("weights", bool, "give imagenet, none or a file"),
@@ -70,8 +79,8 @@ class Config:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
     data: str = "synthetic"
-    """Images: synthetic[:N] (N drawn plates), a folder with train/CLASS/*, optional val/CLASS/*, test/**,
-    one that plates prepare packed, or a URI (s3://, gs://) of either."""
+    """Images: synthetic[:N[:easy|hard]] (N drawn plates, easy by default), a folder with train/CLASS/*, optional
+    val/CLASS/*, test/**, one that plates prepare packed, or a URI (s3://, gs://) of either."""
     out: str | None = None
     """Run directory [default: runs/JOB-TIME]. A finished or a different run in it is never overwritten."""
     skip_unreadable: bool = False

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plates import synthetic
-from plates.config import UserError, is_drawn
+from plates.config import Difficulty, UserError, parse_drawn
 from plates.device import num_usable_cpus
 from plates.folders import find_images, find_root, look_into, printable
 from plates.images import IMAGE_SUFFIXES, UnreadableImageError
@@ -23,7 +23,6 @@ from plates.sources import FolderSource, ShardSource, Source, SyntheticSource, s
 from plates.storage import Place, place_of
 
 VALIDATION_EVERY = 6  # the published split: every sixth image
-DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
 SAMPLES_PER_BATCH = 10_000
 
 
@@ -106,8 +105,8 @@ class Dataset:
 
 def load_dataset(data: str, seed: int, *, needs_train: bool = True) -> Dataset:
     """Lists the data set that --data names; no image is read. Raises: UserError naming what is missing in it."""
-    if is_drawn(data):
-        return list_synthetic(int(data.partition(":")[2] or DEFAULT_NUM_SYNTHETIC), seed)
+    if drawn := parse_drawn(data):
+        return list_synthetic(*drawn, seed)
     folder = place_of("--data", data)
     try:
         if (folder / INDEX_FILE).exists():
@@ -185,7 +184,7 @@ def list_prepared(folder: Place) -> Dataset:
     return Dataset(ShardSource(folder, index.drop_columns(["label", "split"])), classes, *splits)
 
 
-def list_synthetic(num_labelled: int, seed: int) -> Dataset:
+def list_synthetic(num_labelled: int, difficulty: Difficulty, seed: int) -> Dataset:
     """`num_labelled` drawings in train/ with the classes in turn, and as many again in test/."""
     classes = synthetic.CLASSES
     paths = [f"train/{classes[index % len(classes)]}/{index:06d}.png" for index in range(num_labelled)]
@@ -193,7 +192,7 @@ def list_synthetic(num_labelled: int, seed: int) -> Dataset:
     test = sorted(f"test/{index:06d}.png" for index in range(num_labelled, 2 * num_labelled))
     kept_aside = [int(synthetic_identity(seed, path)[1]) for path in test]
     splits = (label(train, classes), label(val, classes), Samples.of(test, kept_aside))
-    return Dataset(SyntheticSource(seed), classes, *splits)
+    return Dataset(SyntheticSource(seed, difficulty), classes, *splits)
 
 
 def row_groups(source: Source, samples: Samples) -> Tensor:

@@ -16,8 +16,14 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PUBLISHED_LIMIT_S, BenchmarkConfig, ModelConfig
-from plates.dataset import DEFAULT_NUM_SYNTHETIC
+from plates.config import (
+    DEFAULT_NUM_SYNTHETIC,
+    EXIT_OK,
+    EXIT_SOME_UNREADABLE,
+    PUBLISHED_LIMIT_S,
+    BenchmarkConfig,
+    ModelConfig,
+)
 from plates.rundir import read_csv, write_atomically
 from plates.storage import Place, remove_tree
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from plates import synthetic
+from plates.config import Difficulty
 from plates.images import UnreadableImageError, decode
 from plates.shards import row_group
 from plates.storage import Place
@@ -91,10 +92,12 @@ class ShardSource(Source):
 @dataclass(frozen=True)
 class SyntheticSource(Source):
     seed: int
+    difficulty: Difficulty = "easy"
 
     def read(self, path: str) -> Tensor:
         index, is_dirty = synthetic_identity(self.seed, path)
-        return torch.from_numpy(synthetic.draw_plate(self.seed, index, is_dirty)).permute(2, 0, 1)
+        picture = synthetic.draw_plate(self.seed, index, is_dirty, self.difficulty)
+        return torch.from_numpy(picture).permute(2, 0, 1)
 
     def read_bytes(self, path: str) -> bytes:
         buffer = io.BytesIO()
@@ -102,14 +105,16 @@ class SyntheticSource(Source):
         return buffer.getvalue()
 
     def digest(self, path: str) -> bytes:
-        """A drawing follows from the drawing program, its libraries, the seed and the path; nothing is drawn here."""
-        key = f"{drawing_program()}/{Image.__version__}/{np.__version__}/{self.seed}/{path}"
+        """A drawing follows from the drawing program, its libraries, the seed, the difficulty and the path; none is
+        made here."""
+        key = f"{drawing_program()}/{Image.__version__}/{np.__version__}/{self.seed}/{self.difficulty}/{path}"
         return hashlib.sha256(key.encode()).digest()
 
 
 @functools.cache
 def drawing_program() -> str:
-    return hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
+    files = sorted(Path(synthetic.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def synthetic_identity(seed: int, path: str) -> tuple[int, bool]:

@@ -43,6 +43,8 @@ def test_the_defaults_are_the_published_recipe():
         ("--epochs", "0"), ("--lr", "0"), ("--lr", "nan"), ("--lr", "inf"), ("--step-size", "0"), ("--gamma", "0"),
         ("--gamma", "1.5"), ("--global-batch-size", "0"), ("--image-size", "31"), ("--seed", "-1"),
         ("--num-views", "0"), ("--num-workers", "-1"), ("--data", "synthetic:3"), ("--data", "synthetic:many"),
+        ("--data", "synthetic:"), ("--data", "synthetic:hard"), ("--data", "synthetic:8:"),
+        ("--data", "synthetic:8:harder"), ("--data", "synthetic:8:hard:1"),
         ("--data", ""), ("--out", ""), ("--weights", ""), ("--backbone", "vgg16"), ("--backbone", "timm/vit_tinny"),
         ("--backbone", "timm/vit_tiny_patch16_224.none"),
     ],

@@ -98,6 +98,7 @@ def test_weak_scaling_keeps_the_images_of_a_worker_and_step_and_needs_drawn_plat
         assert flags["--global-batch-size"] == str(8 * growth)
         assert float(flags["--lr"]) == pytest.approx(2e-3 * math.sqrt(growth))
     assert "synthetic:160" in flags_of(BenchmarkConfig(scaling="weak"), 4), "of 40 by default"
+    assert "synthetic:100:hard" in flags_of(BenchmarkConfig(data="synthetic:50:hard", scaling="weak"), 2)
     strong = flags_of(BenchmarkConfig(data="synthetic:50"), 4)
     assert [strong[strong.index(flag) + 1] for flag in ("--data", "--global-batch-size", "--lr")] == [
         "synthetic:50", "8", "0.001",

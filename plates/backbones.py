@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's presets
 HALF = (0.5, 0.5, 0.5)
+OWN_READOUT = "last/avg"  # what a trunk itself hands to its classifier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from plates.backbones import find_backbone
+from plates.backbones import OWN_READOUT, find_backbone
 from plates.config import UserError
-from plates.model import Classifier, build_trunk
+from plates.model import Classifier, assemble
 from plates.rundir import write_atomically, write_json
 from plates.storage import Place
 from plates.transforms import Preprocessing
@@ -64,11 +64,11 @@ def load_bundle(folder: Place) -> Bundle:
 
 def rebuild_model(bundle: Bundle) -> Classifier:
     """The bundle's classifier, fp32 on the CPU. Raises: UserError where its tensors do not fit."""
-    trunk, num_features = build_trunk(bundle.backbone, bundle.preprocessing.image_size)
-    model = Classifier(trunk, num_features, len(bundle.classes))
+    size, readout = bundle.preprocessing.image_size, bundle.info.get("readout", OWN_READOUT)
     try:
+        model = assemble(bundle.backbone, len(bundle.classes), size, readout)
         model.load_state_dict(bundle.state)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         made_by = bundle.info.get("versions", {}).get("timm")
         raise UserError(
             f"--checkpoint: its tensors are not those of a {bundle.backbone} (it was made with timm {made_by})"

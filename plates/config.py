@@ -1,79 +1,28 @@
 """Every setting, once: the dataclasses that become the flags."""
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Literal
 
 import tyro
 
-from plates.backbones import BACKBONES, find_backbone
+from plates.backbones import BACKBONES, OWN_READOUT, find_backbone
+from plates.rules import Config, UserError, is_drawn
 
 Backbone = Annotated[str, tyro.conf.arg(metavar="|".join(["auto", *BACKBONES, "timm/NAME"]))]
 Trainable = Literal["head", "layer4", "all"]
 Device = Literal["auto", "cpu", "cuda"]
-Difficulty = Literal["easy", "hard"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Crop = Literal["none", "foreground"]
+Resize = Literal["squash", "border", "center"]
+Augment = Literal["crop", "dihedral", "both"]
 NumWorkers = Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="auto|N")]
 
 # The published loop is run in full where all its epochs are predicted, from its first ones, to take no longer.
 PUBLISHED_LIMIT_S, NUM_PUBLISHED_EPOCHS = 180.0, 3
 
-DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
+NUM_SYMMETRIES = 8  # rotations by quarter turns and mirrorings of a square, the identity among them
 
 EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_SOME_UNREADABLE = 0, 1, 2, 3
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: its message names the setting, its value and the rule."""
-
-
-def is_drawn(data: str) -> bool:
-    """Whether --data asks for drawings, and does not name a folder such as synthetic_plates."""
-    return data.partition(":")[0] == "synthetic"
-
-
-def parse_drawn(data: str) -> tuple[int, Difficulty] | None:
-    """(number of labelled plates, difficulty) of synthetic[:N[:easy|hard]]; None of what does not follow that."""
-    found = re.fullmatch(f"synthetic(?::([0-9]+)(?::({'|'.join(get_args(Difficulty))}))?)?", data)
-    num_labelled = int(found[1] or DEFAULT_NUM_SYNTHETIC) if found else 0
-    return (num_labelled, cast(Difficulty, found[2] or "easy")) if found and num_labelled >= 4 else None
-
-
-AT_LEAST_1 = ("cpus_per_worker", "epochs", "step_size", "global_batch_size", "num_views", "num_trials", "cv_repeats",
-              "repeats")  # fmt: skip
-# By setting, in whichever job it is: what its value must be, unless it is None, and what is said where it is not.
-RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("data", bool, "give synthetic, synthetic:N or a folder"),
-    (
-        "data",
-        lambda data: not is_drawn(data) or parse_drawn(data) is not None,
-        "drawn plates are synthetic[:N[:easy|hard]], N a whole number of at least 4",
-    ),
-    ("out", bool, "give a directory, or leave the flag out"),
-    ("checkpoint", bool, "give RUN/checkpoint"),
-    ("weights", bool, "give imagenet, none or a file"),
-    ("num_workers", lambda count: count == "auto" or count >= 0, "must be auto, 0 or more"),
-    ("wait_for_nodes_s", lambda time_s: time_s >= 0, "must be at least 0"),
-    ("lr", lambda lr: 0 < lr < inf, "must be a number above 0"),
-    ("gamma", lambda gamma: 0 < gamma <= 1, "must be above 0 and at most 1"),
-    ("image_size", lambda size: 32 <= size <= 4096, "must be 32 to 4096"),
-    ("seed", lambda seed: 0 <= seed < 2**32, "must be 0 to 4294967295"),
-    ("folds", lambda count: count >= 2, "must be at least 2"),
-    *((name, lambda count: count >= 1, "must be at least 1") for name in AT_LEAST_1),
-)
-
-
-class Config:
-    """Checks its settings by the rules above. Raises: UserError naming the flag, its value and the rule."""
-
-    def __post_init__(self) -> None:
-        for name, is_met, rule in RULES:
-            value = getattr(self, name, None)
-            if value is not None and not is_met(value):
-                shown = "is empty" if value == "" else value
-                raise UserError(f"--{name.replace('_', '-')} {shown}: {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +46,8 @@ class WorkerConfig(Config):
     """Of the trunk. auto: bf16 where the device computes it, fp16 on older GPUs, else fp32."""
     cpus_per_worker: int | None = None
     """CPU cores of each Ray worker, or of this process [default: an equal share of what there is]."""
+    cache_gb: float = 20.0
+    """Limit in GB of the features stored on a disk, at the end of a run: the least recently used go, none in use."""
     wait_for_nodes_s: float = 1200.0
     """Seconds that a job waits on a cluster for nodes that start and for room that other jobs take."""
 
@@ -125,7 +76,8 @@ class ModelConfig(Config):
     seed: int = 0
     """Seed of the head, the order, the views and the drawings."""
     num_views: int | None = None
-    """Different augmented views of each image, reused in turn over the epochs [default: one an epoch]."""
+    """Different augmented views of each image, reused in turn over the epochs [default: one an epoch; 8 of --augment
+    dihedral or --head logistic]."""
 
     def __post_init__(self) -> None:
         try:
@@ -145,14 +97,55 @@ class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
     plates train --data PHOTOS --out runs/mine
     """
 
+    readout: str = OWN_READOUT
+    """What the head reads, PART/POOLING, several joined by +. Parts: last, pre (before a final convolution), stage1
+    and so on; avg or max of each. last/avg is the trunk's own output; of a ViT also last/token, last/patches."""
+    crop: Crop = "none"
+    """foreground: only the box of what is not background, where that is plain; else the whole image."""
+    resize: Resize | None = None
+    """From an image to a square: squash, border (padded), center (cut) [default: squash; of timm/NAME its own]."""
+    augment: Augment = "crop"
+    """Views to train on: random resized crops and flips; the 8 rotations and mirrorings (dihedral); or both."""
+    tta: int = 1
+    """Views of --augment that a prediction averages, the image as it is first; costs as many passes of the trunk."""
+    head: Literal["adam", "logistic"] = "adam"
+    """adam: by the schedule of --lr; logistic: L2-regularised, to convergence, its strength by cross-validation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head == "logistic" and self.trainable != "head":
+            raise UserError(f"--head logistic: trains the head alone, not --trainable {self.trainable}")
+        if self.augment == "dihedral":
+            for flag, count in (("--tta", self.tta), ("--num-views", self.num_views or 1)):
+                if count > NUM_SYMMETRIES:
+                    raise UserError(f"{flag} {count}: --augment dihedral has {NUM_SYMMETRIES} views")
+
+    @property
+    def train_views(self) -> range:
+        """The numbers of the views to train on: from 0 those that are drawn, from -1 down the symmetries."""
+        if self.augment == "dihedral":
+            return range(-1, -1 - (self.num_views or NUM_SYMMETRIES), -1)
+        return range(self.num_views or (NUM_SYMMETRIES if self.head == "logistic" else self.epochs))
+
+    @property
+    def eval_views(self) -> list[int]:
+        """The numbers of the views that validation and prediction average; -1 is the image as it is."""
+        return [*range(-1, -1 - self.tta, -1)] if self.augment == "dihedral" else [-1, *range(self.tta - 1)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(TrainConfig):
-    """Sweep lr, step_size and gamma by cross-validation, retrain the winner on all labelled images, report.
+    """Search the best model for a folder by cross-validation, retrain it on all labelled images, report.
 
-    The schedule of --lr, --step-size and --gamma is always among the trials, as the baseline:
+    What the other flags say, by default the published recipe, is always among the trials, as the baseline:
     plates tune --data PHOTOS --out runs/sweep
     """
+
+    search: Literal["recipe", "all"] | None = None
+    """recipe: lr, step_size and gamma; all: beside them what the head sees (image size, crop, views, readout) and
+    logistic regression [default: all; recipe where more than the head is trained]."""
+    budget_s: float = 600.0
+    """Seconds for a search of all: what of it would take longer is left out, and named."""
 
     num_trials: int = 64
     """Schedules tried, the baseline included."""
@@ -160,6 +153,15 @@ class TuneConfig(TrainConfig):
     """Folds of the stratified cross-validation."""
     cv_repeats: int = 4
     """Repetitions of the cross-validation, each with other folds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        search = self.search or ("all" if self.trainable == "head" else "recipe")
+        object.__setattr__(self, "search", search)
+        if search == "all" and self.trainable != "head":
+            raise UserError(f"--search all: trains the head alone; --trainable {self.trainable} has --search recipe")
+        if self.head == "logistic":
+            raise UserError("--head logistic: the baseline of a sweep is trained by adam; --search all tries both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,8 @@ class PredictConfig(WorkerConfig, DataConfig):
 
     checkpoint: str
     """RUN/checkpoint of a finished training run."""
+    tta: int | None = None
+    """Views that a prediction averages [default: as the checkpoint was trained with]."""
     skip_unreadable: bool = False
     """Changes nothing here: images to predict that cannot be read are always left out, listed in skipped.csv, and
     end the job with exit code 3."""

@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plates import synthetic
-from plates.config import Difficulty, UserError, parse_drawn
+from plates.config import UserError
 from plates.device import num_usable_cpus
 from plates.folders import find_images, find_root, look_into, printable
 from plates.images import IMAGE_SUFFIXES, UnreadableImageError
+from plates.rules import Difficulty, parse_drawn
 from plates.shards import INDEX_FILE, read_index
 from plates.sources import FolderSource, ShardSource, Source, SyntheticSource, synthetic_identity
 from plates.storage import Place, place_of

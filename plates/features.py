@@ -6,6 +6,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import distributions
 from itertools import chain
 from pathlib import Path
@@ -16,34 +17,46 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from plates import backbones, device, folding, images, model, transforms
+from plates import backbones, device, folding, foreground, images, model, readouts, transforms
+from plates.backbones import OWN_READOUT
 from plates.dataset import Samples
 from plates.device import DTYPES, find_batch_size, move, read_behind
 from plates.folding import fast_trunk
 from plates.images import UnreadableImageError, prefetch
 from plates.model import hash_weights
+from plates.readouts import read_out
 from plates.sources import Source
 from plates.storage import Place, place_of
 from plates.store import KEY_TYPE
 from plates.timing import Pace
-from plates.transforms import Preprocessing, draw_view, eval_view, make_views, to_input
+from plates.transforms import EVAL, Preprocessing, cut_background, find_view, make_views, to_input
 
 # Whose code a feature follows from; the last is an extra.
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "torchcodec", "pillow_heif")
 Wanted: TypeAlias = tuple[str, Sequence[int]]  # an image's path, and the numbers of its views
 Views: TypeAlias = tuple[Tensor, Tensor]  # pictures (V, 3, S, S) uint8 on the device, and which to mirror (V,) bool
-EVAL = -1  # the number of the one view that validation and prediction see; those of training count from 0
 
 
-def trunk_key(trunk: nn.Module, backbone: str, preprocessing: Preprocessing, precision: str, device_type: str) -> str:
+@dataclass(frozen=True)
+class Drawing:
+    """What a view follows from beside its number and its image: the seed, and whether drawn views are turned, too."""
+
+    seed: int
+    is_turned: bool = False
+
+
+def trunk_key(
+    trunk: nn.Module, backbone: str, readout: str, preprocessing: Preprocessing, precision: str, device_type: str
+) -> str:
     """Hash of what all features of a trunk follow from: weights, preprocessing, precision, and the code that decodes,
     draws and computes."""
-    modules = (images, transforms, model, folding, backbones, device, sys.modules[__name__])
+    modules = (images, foreground, transforms, model, readouts, folding, backbones, device, sys.modules[__name__])
     described = {
         "code": [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in modules],
         "libraries": [[found.version for found in distributions(name=name)] for name in LIBRARIES],
         "weights": hash_weights(trunk.state_dict()),
         "backbone": backbone,
+        "readout": readout,
         "preprocessing": preprocessing.to_dict(),
         "precision": precision,
         "device": device_type,
@@ -51,17 +64,21 @@ def trunk_key(trunk: nn.Module, backbone: str, preprocessing: Preprocessing, pre
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def row_keys(samples: Samples, views: Sequence[int], seed: int) -> pa.Array:
+def row_keys(samples: Samples, views: Sequence[int], drawing: Drawing) -> pa.Array:
     """(N * V,) keys of 16 bytes, the views of each image in turn.
 
-    The eval view follows from the image's bytes; one of training is drawn from the seed, its number and the path.
+    A symmetry of the image follows from its bytes; another view is drawn from the seed, its number and the path, too.
     """
+    drawn = f"/{drawing.seed}{'+turns' * drawing.is_turned}"
+
+    def name_view(digest: bytes, path: str, view: int) -> bytes:
+        return digest + (f"/{view}" if view <= EVAL else f"{drawn}/{view}/{path}").encode()
+
     if list(views) == [EVAL]:
-        names = (digest.as_py() for digest in samples.table["digest"])
+        names = (digest.as_py() + f"/{EVAL}".encode() for digest in samples.table["digest"])
     else:
         columns = (samples.table[name].to_pylist() for name in ("digest", "path"))
-        names = (digest + f"/{seed}/{view}/{path}".encode() for digest, path in zip(*columns, strict=True)
-                 for view in views)  # fmt: skip
+        names = (name_view(digest, path, view) for digest, path in zip(*columns, strict=True) for view in views)
     return pa.array((hashlib.blake2b(name, digest_size=16).digest() for name in names), KEY_TYPE)
 
 
@@ -80,11 +97,13 @@ class FrozenTrunk:
         device: torch.device,
         precision: str,
         pace: Pace | None = None,
+        readout: str = OWN_READOUT,
     ) -> None:
         self.dtype = DTYPES[precision]
         size = preprocessing.image_size
         self.module = fast_trunk(trunk, device, self.dtype, size)
         self.preprocessing = preprocessing
+        self.readout = readout
         self.device = device
         self.pace = pace or Pace()
         self.batch_size = find_batch_size(self.module, torch.zeros((3, size, size), dtype=self.dtype, device=device))
@@ -93,11 +112,15 @@ class FrozenTrunk:
     def __call__(self, pictures: Tensor, is_flipped: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 on the device, and (B,) bool which of them to mirror, to (B, F) float32 there."""
         batch = to_input(pictures, move(is_flipped, self.device), self.preprocessing)
-        return self.module(batch.to(self.dtype)).float()
+        return read_out(self.module, batch.to(self.dtype), self.readout).float()
 
 
 def compute_features(
-    trunk: FrozenTrunk, source: Source, wanted: Iterable[Wanted], seed: int, errors: dict[str, str] | None = None
+    trunk: FrozenTrunk,
+    source: Source,
+    wanted: Iterable[Wanted],
+    drawing: Drawing,
+    errors: dict[str, str] | None = None,
 ) -> Iterator[Tensor]:
     """Yields (V, F) features on the CPU of each image in turn.
 
@@ -108,13 +131,13 @@ def compute_features(
         """A thread ahead of the trunk decodes an image and copies it, once each; its views are made on the device."""
         path, views = one
         try:
-            image = move(source.read(path), trunk.device)
+            image = cut_background(move(source.read(path), trunk.device), trunk.preprocessing)
         except UnreadableImageError as error:
             if errors is None:
                 raise
             errors[path] = str(error)
             return no_views(trunk.preprocessing, trunk.device)
-        return make_numbered(image, path, views, seed, trunk.preprocessing)
+        return make_numbered(image, path, views, drawing, trunk.preprocessing)
 
     listed = iter(wanted)
     first = next(listed, None)
@@ -123,10 +146,14 @@ def compute_features(
         yield from forward_all(trunk, prefetch(load, chain([first], listed), num_ahead, trunk.device))
 
 
-def make_numbered(image: Tensor, path: str, numbers: Sequence[int], seed: int, preprocessing: Preprocessing) -> Views:
+def make_numbered(
+    image: Tensor, path: str, numbers: Sequence[int], drawing: Drawing, preprocessing: Preprocessing
+) -> Views:
     """The views of these numbers, on the image's device."""
-    size = image.shape[1:]
-    views = [eval_view(preprocessing, *size) if n == EVAL else draw_view(seed, n, path, *size) for n in numbers]
+    views = [
+        find_view(preprocessing, number, drawing.seed, path, *image.shape[1:], is_turned=drawing.is_turned)
+        for number in numbers
+    ]
     return make_views(image, views, preprocessing), torch.tensor([view.is_flipped for view in views])
 
 

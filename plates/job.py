@@ -1,5 +1,6 @@
 """What jobs share: how a run starts, and how it writes its results, reports and finishes."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -8,16 +9,18 @@ import pandas as pd
 from torch import Tensor
 
 from plates import rundir
+from plates.backbones import OWN_READOUT
 from plates.checkpoint import Bundle, save_bundle
 from plates.cluster import Plan, plan_job
-from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PredictConfig, TrainConfig
+from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PredictConfig, TrainConfig, UserError
 from plates.dataset import Dataset, Skipped
 from plates.device import decide_precision
 from plates.features import cache_root
-from plates.model import Weights, preprocessing_of
+from plates.model import Weights, assemble, preprocessing_of
 from plates.predict import print_skipped, tabulate_predictions, write_predictions
 from plates.preflight import check_nodes
-from plates.report import summary_table, write_report
+from plates.report import import_libraries, summary_table, write_report
+from plates.store import limit_size
 from plates.timing import Phases, process_age_s, timing_table
 from plates.train_loop import draw_examples
 from plates.train_loop.task import Predicted, Task
@@ -49,10 +52,7 @@ def start(
     Raises: UserError for what the user must mend.
     """
     info = bundle.info if bundle else {}
-    if bundle:
-        training = TrainConfig(data=config.data, seed=info.get("seed", 0), trainable=info.get("trainable", "all"))
-    else:
-        training = cast(TrainConfig, config)
+    training = settings_of(bundle, cast(PredictConfig, config)) if bundle else cast(TrainConfig, config)
     run, phases = rundir.find_run(config.out, job, config), Phases()
     with phases.measure("data"):
         dataset, skipped = load_data()
@@ -65,7 +65,8 @@ def start(
         preprocessing = bundle.preprocessing
     else:
         weights = resolve_weights(training.backbone, training.weights, training.seed, training.image_size)
-        preprocessing = preprocessing_of(weights.backbone, training.image_size)
+        preprocessing = preprocessing_of(weights.backbone, training.image_size, training.crop, training.resize)
+        check_readout(training, weights.backbone)
     precision = decide_precision(config.precision, weights.backbone, plan.device, best)
     val = () if dataset.val is dataset.train else dataset.val  # a sweep has all labelled images in both
     splits = {"train": dataset.train, "val": val, "test": dataset.test}
@@ -76,6 +77,7 @@ def start(
         "num_workers": plan.num_workers,
         "device": plan.device,
         "precision": precision,
+        "crop": preprocessing.crop,
         "threads_per_worker": None if plan.uses_whole_nodes else plan.cpus_per_worker,
         "plan": plan.line,
         "classes": list(dataset.classes),
@@ -84,13 +86,34 @@ def start(
         "notes": [] if dataset.test else ["The data set has no test split: nothing was predicted."],
     }
     if not bundle:
-        num_views = training.num_views or training.epochs
-        resolved |= {"seed": training.seed, "trainable": training.trainable, "num_views": num_views}
+        resolved |= {
+            **{name: getattr(training, name) for name in ("seed", "trainable", "head", "readout", "augment", "tta")},
+            "num_views": len(training.train_views),
+        }
     rundir.claim_run(run, job, config, resolved)
     print("\n".join(filter(None, [weights.reason, plan.line, *resolved["notes"]])), flush=True)
+    if plan.num_workers:
+        threading.Thread(target=import_libraries, daemon=True).start()  # while the workers start
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     task = make_task(training, dataset, weights, preprocessing, precision, run)
     return Started(task, plan, skipped, resolved, phases)
+
+
+def settings_of(bundle: Bundle, config: PredictConfig) -> TrainConfig:
+    """What of a training run's settings its predictions follow from. Raises: UserError for too many views."""
+    known = {"seed": 0, "trainable": "all", "readout": OWN_READOUT, "augment": "crop", "tta": 1}
+    settings = {name: bundle.info.get(name, value) for name, value in known.items()}
+    settings |= {"data": config.data, "cache_gb": config.cache_gb, "tta": config.tta or settings["tta"]}
+    return TrainConfig(**settings)
+
+
+def check_readout(config: TrainConfig, backbone: str) -> None:
+    """Raises: UserError where the backbone has no such readout."""
+    if config.readout != OWN_READOUT:
+        try:
+            assemble(backbone, 2, config.image_size, config.readout)
+        except ValueError as error:
+            raise UserError(f"--readout {config.readout}: {error}") from error
 
 
 def finish(
@@ -116,7 +139,7 @@ def finish(
         info = {**started.resolved, "metrics": figures}
         bundle = Bundle(task.weights.backbone, dataset.classes, task.preprocessing, state, info)
         save_bundle(run / "checkpoint", bundle)
-        examples = draw_examples(dataset, task.preprocessing, task.config.seed)
+        examples = draw_examples(task)
     predictions = tabulate_predictions(predicted, dataset)
     skipped = [*started.skipped, *predictions.skipped]
     timing = timing_table(phases, started.plan.num_workers, predicted.timings, len(dataset.test))
@@ -126,6 +149,7 @@ def finish(
     rundir.write_results(run, figures | predictions.figures, timing, skipped)
     rundir.update_config(run, **(described or {}))
     report = write_report(run, train_views=examples, read_image=dataset.read_picture)
+    limit_size(task.cache_root / "features", task.config.cache_gb * 1e9)
     rundir.finish_run(run)
     print(f"{summary_table(run)}\nreport: {report}")
     print_skipped(predictions.skipped)

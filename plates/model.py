@@ -9,7 +9,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from plates.backbones import find_backbone
+from plates.backbones import OWN_READOUT, find_backbone
+from plates.readouts import count_features, read_out
 from plates.transforms import Preprocessing
 
 
@@ -24,21 +25,22 @@ class Weights:
 
 
 class Classifier(nn.Module):
-    """Trunk (B, 3, S, S) -> (B, F) and a linear head (B, F) -> (B, C).
+    """Trunk (B, 3, S, S) -> (B, F), by a readout, and a linear head (B, F) -> (B, C).
 
     Always in eval mode: at a few images a batch, batch statistics are noise, and they would make the model depend
     on the number of workers.
     """
 
-    def __init__(self, trunk: nn.Module, num_features: int, num_classes: int) -> None:
+    def __init__(self, trunk: nn.Module, num_features: int, num_classes: int, readout: str = OWN_READOUT) -> None:
         super().__init__()
         self.trunk = trunk
+        self.readout = readout
         self.head = nn.Linear(num_features, num_classes)
         self.eval()
 
     def forward(self, batch: Tensor) -> Tensor:
         pictures = batch if len(batch) else batch.new_zeros(1, *batch.shape[1:])  # attention takes no empty batch
-        features = self.trunk(pictures)[: len(batch)]
+        features = read_out(self.trunk, pictures, self.readout)[: len(batch)]
         with torch.autocast(batch.device.type, enabled=False):  # logits of 8 bits would lose what the trunk has found
             return self.head(features.float())
 
@@ -65,15 +67,31 @@ def build_trunk(
     return trunk, cast(int, trunk.head_hidden_size)
 
 
+def assemble(
+    backbone: str, num_classes: int, image_size: int | None = None, readout: str = OWN_READOUT
+) -> Classifier:
+    """A classifier without its weights. Raises: ValueError where the backbone has no such readout."""
+    trunk, num_features = build_trunk(backbone, image_size)
+    if readout != OWN_READOUT:
+        num_features = count_features(trunk, readout, image_size or find_backbone(backbone).image_size)
+    return Classifier(trunk, num_features, num_classes, readout)
+
+
 def build_classifier(
-    backbone: str, state: dict[str, Tensor], num_classes: int, seed: int, image_size: int | None = None
+    backbone: str,
+    state: dict[str, Tensor],
+    num_classes: int,
+    seed: int,
+    image_size: int | None = None,
+    readout: str = OWN_READOUT,
 ) -> Classifier:
     """A classifier with the given trunk and a new head drawn from the seed."""
-    trunk, num_features = build_trunk(backbone, image_size)
-    trunk.load_state_dict(state)
+    model = assemble(backbone, num_classes, image_size, readout)
+    model.trunk.load_state_dict(state)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Classifier(trunk, num_features, num_classes)
+        model.head.reset_parameters()
+    return model
 
 
 def set_trainable(model: Classifier, trainable: str) -> list[nn.Parameter]:
@@ -101,10 +119,17 @@ def last_stage(trunk: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in trunk.named_parameters() if name not in kept]
 
 
-def preprocessing_of(backbone: str, image_size: int | None) -> Preprocessing:
-    """That of the pictures which the backbone's weights were trained on, at another size where one is given."""
-    own = asdict(find_backbone(backbone))
-    return Preprocessing.from_dict({**own, "image_size": image_size or own["image_size"]})
+def preprocessing_of(
+    backbone: str, image_size: int | None, crop: str = "none", resize: str | None = None
+) -> Preprocessing:
+    """That of the pictures which the backbone's weights were trained on, but for what is given.
+
+    resize: a `crop_mode`, which then sees the whole side, as a foreground's box is seen by default.
+    """
+    own = {**asdict(find_backbone(backbone)), "crop": crop}
+    resize = resize or ("squash" if crop == "foreground" else None)
+    asked = {"crop_mode": resize, "crop_pct": 1.0} if resize else {}
+    return Preprocessing.from_dict({**own, "image_size": image_size or own["image_size"], **asked})
 
 
 def hash_weights(state: dict[str, Tensor]) -> str:

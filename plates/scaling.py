@@ -17,13 +17,13 @@ import pandas as pd
 from scipy.optimize import nnls
 
 from plates.config import (
-    DEFAULT_NUM_SYNTHETIC,
     EXIT_OK,
     EXIT_SOME_UNREADABLE,
     PUBLISHED_LIMIT_S,
     BenchmarkConfig,
     ModelConfig,
 )
+from plates.rules import DEFAULT_NUM_SYNTHETIC
 from plates.rundir import read_csv, write_atomically
 from plates.storage import Place, remove_tree
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from plates import synthetic
-from plates.config import Difficulty
 from plates.images import UnreadableImageError, decode
+from plates.rules import Difficulty
 from plates.shards import row_group
 from plates.storage import Place
 

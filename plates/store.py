@@ -1,11 +1,15 @@
 """The feature store: rows of features by what they follow from, kept in parts that are never changed."""
 
+import fcntl
+import os
 import shutil
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +23,7 @@ from plates.storage import Place
 SECONDS_PER_PART = 10.0  # of computing that a worker may lose
 BYTES_PER_PART = 64 << 20  # of features that a worker holds
 KEY_TYPE = pa.binary(16)
+USE_FILE = ".in_use"  # of a folder on a disk: locked while its rows are in use, and as old as their last use
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,14 @@ class FeatureRows:
 class FeatureStore:
     """The rows of one trunk's features, each found by a key of 16 bytes.
 
-    They lie in parts, Arrow files that are never changed, nor deleted here: a run that is cut off leaves its rows to
-    the next one, and of two that compute the same rows at once each has its own. A damaged part counts as gone.
+    They lie in parts, Arrow files that are never changed, nor deleted while somebody uses them: a run that is cut off
+    leaves its rows to the next one, and of two that compute the same rows at once each has its own. A damaged part
+    counts as gone.
     """
 
     def __init__(self, folder: Place) -> None:
         self.folder = folder
+        self.use = mark_use(folder) if isinstance(folder, Path) else None
         self.keys: dict[Place, pa.Array] = {}  # of the parts seen so far
         self.names: list[bytes] = []  # of the rows that are pending
         self.pending = torch.empty(0, 0)  # filled in place: rows kept between large blocks would make the heap grow
@@ -108,6 +115,38 @@ class FeatureStore:
                 writer.write_batch(batch)
 
         write_atomically(self.folder / f"{uuid.uuid4().hex}.arrow", write_part)
+
+
+def mark_use(folder: Path) -> IO[bytes]:
+    """The folder counts as in use until the file is closed, and as used now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / USE_FILE).open("ab")
+    with suppress(OSError):  # a disk without locks, where nothing is removed either
+        fcntl.flock(file, fcntl.LOCK_SH)
+    os.utime(file.fileno())
+    return file
+
+
+def limit_size(root: Place, max_bytes: float) -> None:
+    """Removes folders of rows on a disk, the least recently used first, until what is left fits or is in use.
+
+    An object store has rules of its own for that.
+    """
+    if not isinstance(root, Path) or not root.exists():
+        return
+    sizes = {
+        guard: sum(file.stat().st_size for file in guard.parent.iterdir()) for guard in root.glob(f"*/{USE_FILE}")
+    }
+    for guard in sorted(sizes, key=lambda guard: guard.stat().st_mtime):
+        if sum(sizes.values()) <= max_bytes:
+            return
+        with guard.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # in use, or on a disk that has no locks
+                continue
+            shutil.rmtree(guard.parent, ignore_errors=True)
+            del sizes[guard]
 
 
 def read_keys(part: Place) -> pa.Array:

@@ -25,9 +25,7 @@ def train(config: TrainConfig) -> int:
     task = started.task
     trained = run_loop(train_on_worker, task, started.plan)
     figures = {key: trained.history[-1][key] for key in ("train/loss", "train/accuracy")}
-    if task.precision == "fp16":
-        figures["train/num_skipped_steps"] = trained.num_skipped_steps
-    figures |= score(trained.val_logits, task.dataset.val.labels, task.dataset.classes, "val")
+    figures |= trained.figures | score(trained.val_logits, task.dataset.val.labels, task.dataset.classes, "val")
     pace = startup_and_pace(started.phases, trained.timings)
     return finish(
         started,

@@ -1,6 +1,7 @@
-"""The sweep: learning rate and StepLR by cross-validation, the winner retrained on all labelled images."""
+"""The sweep: what the head sees and how it is trained, by cross-validation; the winner on all labelled images."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 from plates.command import run_job
@@ -27,8 +28,10 @@ def tune(config: TuneConfig) -> int:
     swept = run_sweep(task, make_folds(task.dataset.train, config), started.plan)
     figures = swept.figures | {key: float(swept.history[key].iloc[-1]) for key in ("train/loss", "train/accuracy")}
     histories = {"history.csv": swept.history, "history_baseline.csv": swept.baseline_history}
-    tables = {"trials.csv": swept.trials, **histories}
-    code = finish(started, swept.predicted, figures, swept.state, tables=tables)
+    tables = {"trials.csv": swept.trials, **histories, **swept.tables}
+    described = swept.described | {"notes": started.resolved["notes"] + swept.notes}
+    won = replace(started, task=swept.task, resolved=started.resolved | described)
+    code = finish(won, swept.predicted, figures, swept.state, tables=tables, described=described)
     remove_tree(task.run / STATE_FOLDER)
     return code
 

@@ -35,6 +35,19 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small tensors: where other work keeps the cores busy, two threads took ten times as long as one."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(num_threads)
+
+
 def write_picture(path: Path, seed: int, height: int = 40, width: int = 56) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
@@ -52,6 +65,19 @@ def folder(tmp_path: Path) -> Path:
     for index in range(7):
         write_picture(root / "test" / f"{index}.jpg", 200 + index)
     return root
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of 40 labelled plates of the embedded data set and 12 to predict, each drawn once."""
+    from plates.dataset import load_dataset, merge_labelled
+
+    root, dataset = tmp_path_factory.mktemp("drawn"), merge_labelled(load_dataset("synthetic:40", 0))
+    for sample in [*dataset.train, *dataset.test[:12]]:
+        path = (root / sample.path).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(dataset.source.read_bytes(sample.path))
+    return str(root)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,10 +11,13 @@ import numpy as np
 import pandas as pd
 
 from plates.report.benchmark import show_benchmark
+from plates.report.boxes import show_boxes
+from plates.report.calibration import show_calibration
 from plates.report.plots import draw_lines
 from plates.report.predictions import encode_thumbnail, show_predictions
 from plates.report.scores import score_split, show_scores
-from plates.report.sweep import show_sweep, tell_winner
+from plates.report.search import list_estimates, show_search, tell_search
+from plates.report.sweep import is_search, show_sweep, tell_winner
 from plates.report.text import (
     align_columns,
     format_loss,
@@ -45,13 +48,17 @@ def write_report(
     """
     config, metrics = (read_json(run / name) for name in ("config.json", "metrics.json"))
     timing = read_table(run / "timing.csv")
+    times = read_times(timing)
     # A later job adds a section here, and a macro of its name to the template. An empty one is left out.
     sections = {
+        "search": show_search(run, metrics, config, times),
+        "calibration": show_calibration(run / "out_of_fold.csv"),
         "timing": {"rows": tabulate_timing(timing)} if config or len(timing) else None,
         "sweep": show_sweep(run, metrics),
         "benchmark": show_benchmark(run),
         "curves": show_curves(read_table(run / "history.csv")),
         "scores": show_scores(metrics, config),
+        "boxes": show_boxes(run, config, read_image),
         "predictions": show_predictions(run / "predictions.csv", read_image),
         "views": [
             {"uri": encode_thumbnail(picture), "alt": f"training view, label {label}", "title": label}
@@ -67,18 +74,24 @@ def write_report(
     page = pages.get_template("report.html.j2").render(
         run=run.name,
         config=config,
-        key_figures=list_key_figures(metrics, config, timing),
+        key_figures=list_key_figures(metrics, config, times),
         sections={name: section for name, section in sections.items() if section},
     )
     write_atomically(run / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
     return run / "report.html"
 
 
+def import_libraries() -> None:
+    """What a page takes a second or two to import, for a process that has nothing else to do."""
+    import matplotlib.figure  # noqa: F401
+    import scipy.stats  # noqa: F401
+
+
 def summary_table(run: Place) -> str:
     """Return the run's times (seconds, images per second) and scores as plain text, at most 100 columns."""
     config, metrics = (read_json(run / name) for name in ("config.json", "metrics.json"))
-    blocks = []
-    if rows := tabulate_timing(read_table(run / "timing.csv")):
+    timing, blocks = read_table(run / "timing.csv"), []
+    if rows := tabulate_timing(timing):
         blocks.append(align_columns(rows, text_columns=3))
         blocks.append("Times in seconds; train/s and infer/s in images per second.\n")
     rows = [["", "images", "accuracy", "loss"]]
@@ -88,7 +101,9 @@ def summary_table(run: Place) -> str:
         rows += [[split, *cells]] if set(cells) != {"–"} else []
     if len(rows) > 1:
         blocks.append(align_columns(rows, text_columns=1))
-    if "winner/log_loss" in metrics:
+    if is_search(metrics):
+        blocks.append("\n" + align_columns(tell_search(run, metrics, config, read_times(timing)), text_columns=2))
+    elif "winner/log_loss" in metrics:
         blocks.append("\n" + textwrap.fill(tell_winner(metrics), 100))
     return "\n".join(blocks)
 
@@ -107,6 +122,12 @@ def to_numbers(table: pd.DataFrame) -> pd.DataFrame:
     return table.apply(pd.to_numeric, errors="coerce").astype(float)
 
 
+def read_times(timing: pd.DataFrame) -> dict[str, float]:
+    """Seconds and rates of the whole run by column of timing.csv, NaN where unknown; {} without rows."""
+    columns = [column for column in (*TIMES, *RATES) if column in timing]
+    return {column: float(to_numbers(timing)[column].iloc[0]) for column in columns} if len(timing) else {}
+
+
 def tabulate_timing(timing: pd.DataFrame) -> list[list[str]]:
     """Return a header and the cells of timing.csv, the whole run first and then a row a worker; [] without rows."""
     columns = TIMES | RATES
@@ -118,10 +139,12 @@ def tabulate_timing(timing: pd.DataFrame) -> list[list[str]]:
     return [["", "node", "device", *columns.values()], *rows] if rows else []
 
 
-def list_key_figures(metrics: dict[str, Any], config: dict[str, Any], timing: pd.DataFrame) -> list[Sequence[str]]:
+def list_key_figures(metrics: dict[str, Any], config: dict[str, Any], times: dict[str, float]) -> list[Sequence[str]]:
     """Name, value and remark of each figure at the head of the page."""
-    figures = []
-    for split, name in (("val", "Validation"), ("test", "Test"), ("train", "Training")):
+    figures = list_estimates(metrics)
+    splits = [("val", "Validation"), ("test", "Test"), ("train", "Training")]
+    # How well a search's winner knows the images that it was chosen by would stand beside an estimate of new ones.
+    for split, name in splits[:2] if figures else splits:
         s = score_split(metrics, config, split)
         if is_number(s["accuracy"]):
             judged = f"{s['correct']} of {s['judged']}, " if s["judged"] and split != "train" else ""
@@ -130,18 +153,18 @@ def list_key_figures(metrics: dict[str, Any], config: dict[str, Any], timing: pd
     images, num_unreadable = score_split(metrics, config, "test")["images"], metrics.get("test/num_unreadable")
     if images is not None:
         figures.append(("Test images", str(images), f"{num_unreadable} unreadable" if num_unreadable else ""))
-    if len(timing):
-        total_s, rate = to_numbers(timing).loc[0, ["total_s", "inference_images_per_sec"]]
+    if times:
+        total_s, rate = times["total_s"], times["inference_images_per_sec"]
         remark = f"inference {rate:.1f} images/s" if is_number(rate) else ""
         figures.append(("Total time", f"{total_s:.1f} s", remark))
     return figures
 
 
 def show_curves(history: pd.DataFrame) -> dict[str, Any] | None:
-    """None where nothing was trained."""
-    if history.empty:
-        return None
+    """None where nothing was trained, or a head without epochs, whose one row has no learning rate."""
     numbers, plots = to_numbers(history), []
+    if history.empty or ("lr" in numbers and numbers["lr"].isna().all()):
+        return None
     for title, labels, height in CURVES:
         columns = [(label, label if label == "lr" else f"{label}/{title}") for label in labels]
         lines = [(label, *LINES[label], numbers[column].to_numpy()) for label, column in columns if column in numbers]

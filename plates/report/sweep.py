@@ -1,4 +1,4 @@
-"""The sweep's section: what won, by how much, and how sure that is."""
+"""The section of a recipe's sweep: what won, by how much, and how sure that is; and what a search shares with it."""
 
 from typing import Any
 
@@ -14,22 +14,17 @@ NUM_LISTED = 10
 LISTED = ["trial", "lr", "step_size", "gamma", "log_loss", "log_loss_low", "log_loss_high", "accuracy", "remark"]
 
 
-def show_sweep(run: Place, metrics: dict[str, float]) -> dict[str, Any] | None:
-    """None where the run is no sweep."""
-    if not (run / "trials.csv").exists():
+def show_sweep(run: Place, metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """None where the run is no sweep, or a search of all."""
+    trials = read_trials(run)
+    if trials is None or is_search(metrics):
         return None
-    trials = read_csv(run / "trials.csv")
-    winner, baseline = (read_csv(run / name) for name in ("history.csv", "history_baseline.csv"))
     losses = trials["log_loss"].replace(np.inf, np.nan).to_numpy()
     by_trial = [("trial", "muted", ":", losses), ("best so far", "accent", "-", np.fmin.accumulate(losses))]
-    by_epoch = [
-        ("winner", "accent", "-", winner["train/loss"].to_numpy()),
-        ("baseline", "train", "--", baseline["train/loss"].to_numpy()),
-    ]
     plots = [
         draw_map(trials),
         draw_lines(trials["trial"].to_numpy(), by_trial, "cross-validated log-loss", "trial", 2.6),
-        draw_lines(winner["epoch"].to_numpy(), by_epoch, "training loss on all labelled images", "epoch", 2.6),
+        draw_training(run),
     ]
     return {
         "metrics": metrics,
@@ -39,6 +34,26 @@ def show_sweep(run: Place, metrics: dict[str, float]) -> dict[str, Any] | None:
         "header": [column.replace("_", " ") for column in LISTED],
         "rows": list_best(trials),
     }
+
+
+def read_trials(run: Place) -> pd.DataFrame | None:
+    """None where the run is no sweep."""
+    return read_csv(run / "trials.csv") if (run / "trials.csv").exists() else None
+
+
+def is_search(metrics: dict[str, Any]) -> bool:
+    """Whether a sweep searched more than the recipe."""
+    return "winner/head" in metrics
+
+
+def draw_training(run: Place) -> Plot | None:
+    """Training losses by epoch of a winner that was trained by epochs, as the baseline always is."""
+    winner, baseline = (read_csv(run / name) for name in ("history.csv", "history_baseline.csv"))
+    lines = [
+        ("winner", "accent", "-", winner["train/loss"].to_numpy()),
+        ("baseline", "train", "--", baseline["train/loss"].to_numpy()),
+    ]
+    return draw_lines(winner["epoch"].to_numpy(), lines, "training loss on all labelled images", "epoch", 2.6)
 
 
 def tell_winner(metrics: dict[str, float]) -> str:
@@ -69,9 +84,8 @@ def doubt_winner(metrics: dict[str, float]) -> str:
 
 def list_best(trials: pd.DataFrame) -> list[list[str]]:
     """The ten best trials, and the baseline where it is not among them."""
-    ranked = trials.sort_values("log_loss", ignore_index=True)
     rows = []
-    for row in ranked[(ranked.index < NUM_LISTED) | ranked["is_baseline"]].to_dict("records"):
+    for row in pick_best(trials).to_dict("records"):
         remarks = [name for name in ("winner", "baseline") if row[f"is_{name}"]]
         if not row["is_distinguishable"] and not row["is_winner"]:
             remarks.append("not distinguishable from the winner")
@@ -83,6 +97,12 @@ def list_best(trials: pd.DataFrame) -> list[list[str]]:
             [*settings, format_loss(row["log_loss"]), *interval, f"{row['accuracy']:.1%}", ", ".join(remarks)]
         )
     return rows
+
+
+def pick_best(trials: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the ten best trials, best first, and of the winner and the baseline; their index is kept."""
+    ranked = trials.sort_values("log_loss", kind="stable")
+    return ranked[(np.arange(len(ranked)) < NUM_LISTED) | ranked["is_baseline"] | ranked["is_winner"]]
 
 
 def draw_map(trials: pd.DataFrame) -> Plot:

@@ -1,42 +1,23 @@
 """The sweep: search space, trials, cross-validation, choice of the winner."""
 
 import time
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
-import numpy as np
 import pandas as pd
-from torch import Tensor
 
-from plates.cluster import Plan, find_room
+from plates.cluster import Plan
 from plates.config import TuneConfig
 from plates.dataset import Samples
 from plates.head import HeadSettings
 from plates.sweep.head_trials import HeadSweep, run_head_trials
-from plates.sweep.scores import Folds, summarize, tabulate_trials
+from plates.sweep.scores import Folds, Swept, draw_schedules, summarize, tabulate_trials
+from plates.sweep.search import search_all
 from plates.sweep.training_trials import run_training_trials
 from plates.sweep.tuner import state_of
 from plates.train_loop import build_model, compute_features, train
 from plates.train_loop.task import Predicted, Task
 from plates.trainer import run_loop
-
-LR_RANGE, GAMMA_RANGE = (1e-4, 3e-2), (0.05, 1.0)
-
-
-@dataclass(frozen=True)
-class Swept:
-    """The sweep's outcome: trials.csv, flat figures, and the winner retrained beside the baseline.
-
-    In the timing rows of `predicted` rank 0 stands for the driver and its trials, with no count of images: in its
-    seconds more was done than to compute them.
-    """
-
-    trials: pd.DataFrame
-    figures: dict[str, float | int]
-    state: dict[str, Tensor]
-    history: pd.DataFrame
-    baseline_history: pd.DataFrame
-    predicted: Predicted  # by the winner
 
 
 def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
@@ -45,8 +26,9 @@ def run_sweep(task: Task, folds: Folds, plan: Plan) -> Swept:
     With a frozen trunk the plan's workers compute the features once and every trial fits heads on them; else a trial
     is a training run of its own. Its state stays in the run directory, for the same command to take up.
     """
-    sweep = sweep_heads if task.config.trainable == "head" else sweep_training
-    return sweep(task, folds, plan)
+    if task.config.trainable != "head":
+        return sweep_training(task, folds, plan)
+    return (search_all if cast(TuneConfig, task.config).search == "all" else sweep_heads)(task, folds, plan)
 
 
 def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
@@ -55,9 +37,7 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     initial, labels = (model.head.weight.detach(), model.head.bias.detach()), task.dataset.train.labels
     start_s = time.perf_counter()
     sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config)
-    if plan.num_workers:  # Tune itself would wait for a CPU without a word and for ever
-        find_room(replace(plan, num_workers=1, device="cpu", cpus_per_worker=1))
-    results = run_head_trials(sweep, state_of(task))
+    results = [result for ((_, result),) in run_head_trials(sweep, task, plan)]
     trials = tabulate_trials(results, schedules)
     figures = summarize(results, schedules, trials)
     winner = int(figures["winner/trial"])
@@ -67,11 +47,12 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     train_s = features.timings[0]["train_s"] + time.perf_counter() - start_s
     predicted.timings[0] |= {"train_s": train_s, "num_train_images": None}
     history, baseline = (pd.DataFrame(heads.history(head)) for head in (0, 1))
-    return Swept(trials, figures, model.state_dict(), history, baseline, predicted)
+    return Swept(trials, figures, model.state_dict(), history, baseline, predicted, task)
 
 
 def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
-    schedules, state = draw_schedules(cast(TuneConfig, task.config)), state_of(task)
+    config = cast(TuneConfig, task.config)
+    schedules, state = draw_schedules(config), state_of(task, config.num_trials)
     start_s = time.perf_counter()
     results = run_training_trials(task, folds, schedules, plan, state)
     trials = tabulate_trials(results, schedules)
@@ -92,15 +73,4 @@ def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
     train_s = trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values())
     best.timings[0] |= {"train_s": train_s, "num_train_images": None}
     history, baseline = (pd.DataFrame(retrained[trial].history) for trial in (winner, 0))
-    return Swept(trials, figures, best.state, history, baseline, best.predicted)
-
-
-def draw_schedules(config: TuneConfig) -> list[dict[str, Any]]:
-    """Trial 0, the baseline, is the settings' own; the others are random: log-uniform lr, the rest uniform."""
-    draw = np.random.default_rng(config.seed)
-    schedules: list[dict[str, Any]] = [{"lr": config.lr, "step_size": config.step_size, "gamma": config.gamma}]
-    for _ in range(config.num_trials - 1):
-        lr, step_size = np.exp(draw.uniform(*np.log(LR_RANGE))), draw.integers(1, config.epochs + 1)
-        gamma = draw.uniform(*GAMMA_RANGE)
-        schedules.append({"lr": float(lr), "step_size": int(step_size), "gamma": float(gamma)})
-    return schedules
+    return Swept(trials, figures, best.state, history, baseline, best.predicted, task)

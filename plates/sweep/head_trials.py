@@ -1,23 +1,33 @@
-"""Trials of a frozen trunk: all folds of a schedule are heads fitted at once."""
+"""Trials of a frozen trunk: all folds of a candidate are heads fitted at once."""
 
 import os
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plates.cluster import start_ray
+from plates.cluster import Plan, find_room, start_ray
 from plates.config import TuneConfig
 from plates.head import Heads, HeadSettings, fit_heads
-from plates.storage import Place
+from plates.sweep.readout_trials import Pass, score_readouts
 from plates.sweep.scores import Folds, Schedule, TrialResult, score_images, score_trial
-from plates.sweep.tuner import tune_all
+from plates.sweep.tuner import state_of, tune_all
+from plates.train_loop.task import Task
+
+Scored = tuple[Schedule, TrialResult]
 
 
 @dataclass(frozen=True)
 class HeadSweep:
-    """What all trials of a head sweep read: (V, N, F) views and (N, F) eval features of all labelled images."""
+    """What all trials of a sweep of heads read.
+
+    (V, N, F) views and (N, F) eval features of all labelled images; of a search of all also its passes, each of which
+    is tried with one view and with all of them, and the time after which no trial but the first is begun.
+    """
 
     train: Tensor
     val: Tensor
@@ -26,6 +36,14 @@ class HeadSweep:
     folds: Folds
     schedules: list[Schedule]
     config: TuneConfig
+    passes: Sequence[Pass] = ()
+    deadline: float = inf
+
+    @property
+    def trials(self) -> list[int | tuple[Pass, int]]:
+        """The baseline's schedule; each pass and number of views; the other schedules by their index."""
+        of_passes = [(found, num_views) for found in self.passes for num_views in sorted({1, len(found.features)})]
+        return [0, *of_passes, *range(1, len(self.schedules))]
 
     def fit(self, settings: list[HeadSettings]) -> Heads:
         epochs, global_batch_size, seed = self.config.epochs, self.config.global_batch_size, self.config.seed
@@ -35,19 +53,34 @@ class HeadSweep:
 
 def score_schedule(data: HeadSweep, schedule: Schedule) -> TrialResult:
     """All folds of one schedule, and those of nested cross-validation, fitted at once."""
-    folds = data.folds.in_turn()
-    heads = data.fit([HeadSettings(**schedule, indices=train.tolist()) for train, _ in folds])
+    folds, lr, step_size, gamma = data.folds.in_turn(), schedule["lr"], schedule["step_size"], schedule["gamma"]
+    heads = data.fit(
+        [HeadSettings(lr=lr, step_size=step_size, gamma=gamma, indices=train.tolist()) for train, _ in folds]
+    )
     scores = score_images(heads.logits(data.val), data.labels)  # (2, H, N)
     return score_trial(data.folds, [scores[:, head, held] for head, (_, held) in enumerate(folds)])
 
 
-def run_head_trials(data: HeadSweep, state: Place) -> list[TrialResult]:
-    """All trials of a head sweep by Ray Tune, in trial order; a sweep that was cut off goes on from `state`.
+def score_trial_of(data: HeadSweep, index: int) -> list[Scored]:
+    """The candidates of a trial; none where the time is over."""
+    if index and time.time() > data.deadline:
+        return []
+    trial = data.trials[index]
+    if isinstance(trial, int):
+        return [(data.schedules[trial], score_schedule(data, data.schedules[trial]))]
+    found, num_views = trial
+    return score_readouts(found, num_views, data.labels, len(data.initial[1]), data.folds, data.config.tta)
+
+
+def run_head_trials(data: HeadSweep, task: Task, plan: Plan) -> list[list[Scored]]:
+    """All trials of a head sweep by Ray Tune, in trial order; a sweep that was cut off goes on.
 
     A class Trainable with reused actors costs milliseconds a trial; the features go through the object store once.
     """
     # One small file a trial is what resuming needs, trials.csv has the rest.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    if plan.num_workers:  # Tune itself would wait for a CPU without a word and for ever
+        find_room(replace(plan, num_workers=1, device="cpu", cpus_per_worker=1))
     start_ray()
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
@@ -58,12 +91,16 @@ def run_head_trials(data: HeadSweep, state: Place) -> list[TrialResult]:
             self.data, self.index = data, config["index"]
 
         def step(self) -> dict[str, Any]:
-            result = score_schedule(self.data, self.data.schedules[self.index])
-            return {**asdict(result), "index": self.index, "done": True}
+            scored = score_trial_of(self.data, self.index)
+            return {"scored": [(settings, asdict(result)) for settings, result in scored],
+                    "index": self.index, "done": True}  # fmt: skip
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.index = new_config["index"]
             return True
 
-    trainable = tune.with_parameters(HeadTrial, data=data)
-    return tune_all(trainable, len(data.schedules), state, callbacks=[JsonLoggerCallback()], reuse_actors=True)
+    num_trials, trainable = len(data.trials), tune.with_parameters(HeadTrial, data=data)
+    reports = tune_all(
+        trainable, num_trials, state_of(task, num_trials), callbacks=[JsonLoggerCallback()], reuse_actors=True
+    )
+    return [[(settings, TrialResult(**result)) for settings, result in report["scored"]] for report in reports]

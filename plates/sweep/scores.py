@@ -1,7 +1,7 @@
 """Folds, the table of trials, and what can be said of the winner."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -14,13 +14,17 @@ from torch.nn.functional import cross_entropy
 
 from plates.config import TuneConfig, UserError
 from plates.dataset import Samples
+from plates.train_loop.task import Predicted, Task
 
 CONFIDENCE = 0.95
 NUM_SEEDS = 2**32  # that scikit-learn takes
+LARGE = 1000  # images from which a search of all shrinks
+LR_RANGE, GAMMA_RANGE = (1e-4, 3e-2), (0.05, 1.0)
+TOLERANCE = 0.005  # of log-loss, within which the cheaper candidate wins
 BOUNDS = ("", "_low", "_high")  # ends of the names of a mean and its interval
 
 Fold = tuple[np.ndarray, np.ndarray]  # indices of training images, of held-out images
-Schedule = dict[str, Any]  # lr, step_size, gamma
+Schedule = dict[str, Any]  # lr, step_size, gamma; in a search of all what else makes a candidate, as in trials.csv
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,57 @@ class TrialResult:
     nested_outer: list[list[list[float]]]
 
 
+@dataclass(frozen=True)
+class Swept:
+    """The sweep's outcome: trials.csv, flat figures, and the winner retrained beside the baseline.
+
+    In the timing rows of `predicted` rank 0 stands for the driver and its trials, with no count of images: in its
+    seconds more was done than to compute them.
+    """
+
+    trials: pd.DataFrame
+    figures: dict[str, float | int]
+    state: dict[str, Tensor]
+    history: pd.DataFrame
+    baseline_history: pd.DataFrame
+    predicted: Predicted  # by the winner
+    task: Task  # of the winner
+    described: dict[str, Any] = field(default_factory=dict)  # for model.json and config.json
+    notes: list[str] = field(default_factory=list)  # what was not searched, and why
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)  # of this kind of sweep alone, by file name
+
+
+def draw_schedules(config: TuneConfig) -> list[dict[str, Any]]:
+    """Trial 0, the baseline, is the settings' own; the others are random: log-uniform lr, the rest uniform."""
+    draw = np.random.default_rng(config.seed)
+    schedules: list[dict[str, Any]] = [{"lr": config.lr, "step_size": config.step_size, "gamma": config.gamma}]
+    for _ in range(config.num_trials - 1):
+        lr, step_size = np.exp(draw.uniform(*np.log(LR_RANGE))), draw.integers(1, config.epochs + 1)
+        gamma = draw.uniform(*GAMMA_RANGE)
+        schedules.append({"lr": float(lr), "step_size": int(step_size), "gamma": float(gamma)})
+    return schedules
+
+
 def make_folds(samples: Samples, config: TuneConfig) -> Folds:
     """Repeated stratified folds over the images (all views of an image are on one side), and nested ones.
 
+    A search of all repeats them less from 251 images on, and from 1,000 on has two inner folds.
+
     Raises: UserError where a class has fewer images than folds, or than the inner folds need.
     """
+    num_repeats, num_inner = config.cv_repeats, config.folds
+    if config.search == "all":
+        num_repeats = min(num_repeats, max(1, LARGE // len(samples)))
+        num_inner = 2 if len(samples) >= LARGE else num_inner
     labels = samples.labels.numpy()
     smallest = int(np.bincount(labels).min())
     most = smallest - -(-smallest // config.folds)  # the inner folds see all but one outer fold
     if config.folds > most:
         raise UserError(f"--folds {config.folds}: the smallest class has {smallest} images; lower it, or add images")
-    repeated = RepeatedStratifiedKFold(n_splits=config.folds, n_repeats=config.cv_repeats, random_state=config.seed)
+    repeated = RepeatedStratifiedKFold(n_splits=config.folds, n_repeats=num_repeats, random_state=config.seed)
     outer, inner = (
-        StratifiedKFold(config.folds, shuffle=True, random_state=(config.seed + offset) % NUM_SEEDS)
-        for offset in (1, 2)
+        StratifiedKFold(num_folds, shuffle=True, random_state=(config.seed + offset) % NUM_SEEDS)
+        for offset, num_folds in ((1, config.folds), (2, num_inner))
     )
     nested = [
         ((rest, held), [(rest[a], rest[b]) for a, b in inner.split(rest, labels[rest])])
@@ -95,7 +136,8 @@ def score_trial(folds: Folds, held_out: Sequence[np.ndarray]) -> TrialResult:
     for index, (_, held) in enumerate(folds.repeated[:num_repeated]):
         scores[:, index // num_folds, held] = held_out[index]
     losses = pd.DataFrame(scores[0])  # its means are of the images that were held out
-    groups = [held_out[at : at + 1 + num_folds] for at in range(num_repeated, len(held_out), 1 + num_folds)]
+    num_in_group = 1 + len(folds.nested[0][1])
+    groups = [held_out[at : at + num_in_group] for at in range(num_repeated, len(held_out), num_in_group)]
     return TrialResult(
         log_loss=float(np.nanmean(scores[0])),
         accuracy=float(np.nanmean(scores[1])),
@@ -131,14 +173,26 @@ def half_width(values: np.ndarray, num_comparisons: int = 1) -> float:
     return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def choose(losses: Sequence[float], schedules: Sequence[Schedule]) -> int:
+    """The one rule of who wins: of those within 0.005 of the least loss the cheapest, and of these the best.
+
+    The cost is the pixels that the trunk sees of an image to predict; equal where no setting changes them.
+    """
+    costs = [schedule.get("image_size", 1) ** 2 * schedule.get("tta", 1) for schedule in schedules]
+    near = [index for index, loss in enumerate(losses) if loss <= min(losses) + TOLERANCE]
+    return min(near, key=lambda index: (costs[index], losses[index]))
+
+
 def tabulate_trials(results: list[TrialResult], schedules: list[Schedule]) -> pd.DataFrame:
-    """trials.csv, in trial order: schedule, mean log-loss, accuracy, each fold's loss; infinite where one diverged.
+    """trials.csv, a row a candidate: settings, mean log-loss, accuracy, each fold's loss; infinite if one diverged.
 
     `log_loss_low` and `log_loss_high` are a 95% interval over the repeats: it covers the noise of drawing the folds,
     not that of which images there are. `is_distinguishable` is whether the loss is above the winner's by more than
     the noise between images, the winner's selection among all trials included.
     """
-    best = min(results, key=lambda result: (-len(result.fold_log_losses), result.log_loss))
+    num_folds = max(len(result.fold_log_losses) for result in results)
+    losses = [result.log_loss if len(result.fold_log_losses) == num_folds else inf for result in results]
+    best = results[choose(losses, schedules)]
     rows = []
     for trial, (result, schedule) in enumerate(zip(results, schedules, strict=True)):
         error = half_width(np.asarray(result.repeat_log_losses))
@@ -151,16 +205,16 @@ def tabulate_trials(results: list[TrialResult], schedules: list[Schedule]) -> pd
     return pd.DataFrame(rows)
 
 
-def summarize(results: list[TrialResult], schedules: list[Schedule], trials: pd.DataFrame) -> dict[str, float | int]:
+def summarize(results: list[TrialResult], schedules: list[Schedule], trials: pd.DataFrame) -> dict[str, Any]:
     """Flat figures: winner, baseline, the gain, and what nested cross-validation estimates of both.
 
     The interval of `gain/` holds for all trials at once, so that it covers the winner's selection. The figures of
     `nested/` are of images that took no part in choosing: the losses of the trial chosen without them, and by how
-    much they are below the baseline's.
+    much they are below the baseline's, with 95% intervals by Student's t over the images, of the accuracy Wilson's.
     """
     winner = int(trials["is_winner"].to_numpy().argmax())
     num_alike = int((~trials["is_distinguishable"]).sum()) - 1
-    figures: dict[str, float | int] = {"num_trials": len(results), "num_not_distinguishable": num_alike}
+    figures: dict[str, Any] = {"num_trials": len(results), "num_not_distinguishable": num_alike}
     for name, trial in (("winner", winner), ("baseline", 0)):
         figures[f"{name}/trial"] = trial
         figures |= {f"{name}/{key}": value for key, value in schedules[trial].items()}
@@ -172,9 +226,16 @@ def summarize(results: list[TrialResult], schedules: list[Schedule], trials: pd.
         return figures
     nested: list[tuple[float, ...]] = []  # of each image: loss, is right, the baseline's loss
     for fold, (base_losses, _) in enumerate(baseline.nested_outer):
-        chosen = min(results, key=lambda result, fold=fold: result.nested_inner[fold])
+        chosen = results[choose([result.nested_inner[fold] for result in results], schedules)]
         nested += zip(*chosen.nested_outer[fold], base_losses, strict=True)
     outer, right, base = np.array(nested).T
-    figures |= {"nested/log_loss": float(outer.mean()), "nested/accuracy": float(right.mean())}
-    gain = paired_difference(outer, base)
-    return figures | {f"nested/gain{bound}": value for bound, value in zip(BOUNDS, gain, strict=True)}
+    loss, error = float(outer.mean()), half_width(outer)
+    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(CONFIDENCE, method="wilson")
+    means = {
+        "log_loss": (loss, float(np.maximum(0.0, loss - error)), loss + error),  # no log-loss is below 0
+        "accuracy": (float(right.mean()), float(interval.low), float(interval.high)),
+        "gain": paired_difference(outer, base),
+    }
+    for name, bounds in means.items():
+        figures |= {f"nested/{name}{bound}": value for bound, value in zip(BOUNDS, bounds, strict=True)}
+    return figures

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, cast
 
 import numpy as np
@@ -58,7 +58,7 @@ def run_training_trials(
         metric="score", mode="min", max_t=len(folds.repeated), grace_period=config.folds, reduction_factor=2
     )
     callbacks = [JsonLoggerCallback(), TBXLoggerCallback()]  # a sweep of heads turns Tune's own choice off
-    results = tune_all(trainable, len(schedules), state, callbacks=callbacks, scheduler=scheduler,
+    reports = tune_all(trainable, len(schedules), state, callbacks=callbacks, scheduler=scheduler,
                        max_concurrent_trials=num_concurrent)  # fmt: skip
     for trial in state.iterdir():
         for file in trial.iterdir() if trial.is_dir() else ():
@@ -66,7 +66,7 @@ def run_training_trials(
                 target = task.run / "tensorboard" / trial.name / file.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
-    return results
+    return [TrialResult(**{field.name: report[field.name] for field in fields(TrialResult)}) for report in reports]
 
 
 def pack_trials(plan: Plan, config: TuneConfig, nodes: list[Node]) -> tuple[Plan, int]:

@@ -1,28 +1,27 @@
 """The only place that builds a Tuner."""
 
-from dataclasses import fields
 from typing import Any
 
 from plates.storage import Place, remove_tree
-from plates.sweep.scores import TrialResult
 from plates.train_loop.task import Task, task_key
 
 STATE_FOLDER = ".ray_tune"  # of a sweep at work inside the run directory, gone when the run is finished
 
 
-def state_of(task: Task) -> Place:
-    """The folder of what this sweep has computed. That of other images, labels, weights or settings is removed."""
-    state = task.run / STATE_FOLDER / task_key(task)[:16]
+def state_of(task: Task, num_trials: int) -> Place:
+    """The folder of what this sweep has computed. That of other images, labels, weights, settings or passes of the
+    trunk is removed."""
+    state = task.run / STATE_FOLDER / f"{task_key(task)[:16]}-{num_trials}"
     if state.parent.exists() and not state.exists():
-        print("the trials computed before are of other images or weights: starting again", flush=True)
+        print("the trials computed before are of other images, weights or passes: starting again", flush=True)
         remove_tree(state.parent)
     return state
 
 
 def tune_all(
     trainable: Any, num_trials: int, state: Place, *, callbacks: list[Any] | None = None, **options: Any
-) -> list[TrialResult]:
-    """Runs trials {"index": 0…} by Tune, or resumes them from `state`, and gives their last results in trial order.
+) -> list[dict[str, Any]]:
+    """Runs trials {"index": 0…} by Tune, or resumes them from `state`, and gives their last reports in trial order.
 
     Raises: RuntimeError naming the first failed trial's error.
     """
@@ -47,5 +46,4 @@ def tune_all(
     grid = tuner.fit()
     if grid.errors:
         raise RuntimeError(f"a trial of the sweep failed: {grid.errors[0]}")
-    reports = sorted((result.metrics or {} for result in grid), key=lambda metrics: metrics["index"])
-    return [TrialResult(**{field.name: report[field.name] for field in fields(TrialResult)}) for report in reports]
+    return sorted((result.metrics or {} for result in grid), key=lambda metrics: metrics["index"])

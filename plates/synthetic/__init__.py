@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from plates.config import Difficulty
+from plates.rules import Difficulty
 from plates.synthetic.dirt import soil_plate
 from plates.synthetic.look import LOOKS, Look
 from plates.synthetic.plate import Box, Plate

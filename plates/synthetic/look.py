@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from plates.config import Difficulty
+from plates.rules import Difficulty
 from plates.synthetic.plate import Range, Span
 
 

@@ -1,7 +1,8 @@
 """What runs on each worker, from the first image to the last prediction, and what the group hands back."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,28 +11,39 @@ from torch import Tensor
 
 from plates.checkpoint import Bundle, rebuild_model
 from plates.cluster import this_node
-from plates.dataset import Dataset
+from plates.dataset import Samples
 from plates.device import set_up_process
 from plates.model import Classifier, build_classifier
 from plates.timing import Phases, device_name, rate
 from plates.train_loop.end_to_end import train_end_to_end
 from plates.train_loop.frozen import labelled_features, train_head
-from plates.train_loop.group import Worker, gather, share_of
+from plates.train_loop.group import Worker, broadcast, gather, share_of
 from plates.train_loop.shared import SharedFeatures
 from plates.train_loop.task import Predicted, Task, Trained
-from plates.transforms import Preprocessing, draw_view, to_picture, view_batch
+from plates.transforms import cut_background, find_view, to_picture, view_batch
 
 
 @dataclass(frozen=True)
 class Features:
-    """What many heads are fitted on: (V, N, F) of the training views, (M, F) of the validation split, (T, F) of the
-    test split, not a number where `errors` says by path why an image cannot be read; and one timing row a worker."""
+    """What many heads are fitted on: (V, N, F) of the training views; (M, F) of the validation and (T, F) of the test
+    split, each image's mean over its views, not a number where `errors` says by path why an image cannot be read; and
+    one timing row a worker."""
 
     train: Tensor
     val: Tensor
     test: Tensor
     errors: dict[str, str]
     timings: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The features of the task itself; the (V, N, F) of each pass, None of one that was left out; and how long the
+    test split is predicted to take at the largest size among them, of one view."""
+
+    of_task: Features
+    of_passes: list[Tensor | None]
+    time_to_predict_s: float
 
 
 class Clock:
@@ -80,9 +92,7 @@ def train(task: Task, worker: Worker) -> Trained | None:
     if predicted is None or fitted.val_logits is None:
         return None
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    return Trained(
-        state, fitted.history, fitted.val_logits, predicted, fitted.has_reused_features, fitted.num_skipped_steps
-    )
+    return Trained(state, fitted.history, fitted.val_logits, predicted, fitted.has_reused_features, fitted.figures)
 
 
 def predict(bundle: Bundle, task: Task, worker: Worker) -> Predicted | None:
@@ -100,11 +110,38 @@ def compute_features(task: Task, worker: Worker) -> Features | None:
     shared = SharedFeatures(task, worker, model.trunk)
     with clock.phases.measure("train"):
         train, val, _ = labelled_features(task, shared)
-    num_images = len(share_of(range(len(task.dataset.train)), worker)) * (task.config.num_views or task.config.epochs)
+    num_images = len(share_of(range(len(task.dataset.train)), worker)) * len(task.config.train_views)
     test = predict_test(clock, shared, model, num_images, has_head=False)
     if train is None or val is None or test is None:
         return None
-    return Features(train[:], val[:], test.logits, test.errors, test.timings)
+    return Features(train[:], val[:].mean(0), test.logits, test.errors, test.timings)
+
+
+def compute_passes(passes: Sequence[Task], deadline: float, task: Task, worker: Worker) -> Searched | None:
+    """The features that a search needs: the task's own, as `compute_features` has them, and those of each pass, from
+    cheap to expensive, but for what would not be done by the deadline with the prediction of the test split after it.
+
+    deadline: seconds since the epoch, on the clock of rank 0.
+    """
+    start_s = time.perf_counter()
+    found = compute_features(replace(task, dataset=replace(task.dataset, test=Samples.of())), worker)
+    seconds_per_pixel = (time.perf_counter() - start_s) / count_pixels(task, task.dataset.train)
+    trunk, features, largest = build_model(task).trunk, [], task.preprocessing.image_size
+    for one in passes:
+        num_pixels, size = count_pixels(one, one.dataset.train), one.preprocessing.image_size
+        is_in_time = time.time() + seconds_per_pixel * (num_pixels + size**2 * len(task.dataset.test)) < deadline
+        features.append(None)
+        if broadcast(is_in_time):
+            start_s, largest = time.perf_counter(), max(largest, size)
+            train, _, _ = labelled_features(one, SharedFeatures(one, worker, trunk))
+            seconds_per_pixel = max(seconds_per_pixel, (time.perf_counter() - start_s) / num_pixels)
+            features[-1] = None if train is None else train[:]
+    return found and Searched(found, features, seconds_per_pixel * largest**2 * len(task.dataset.test))
+
+
+def count_pixels(task: Task, samples: Samples) -> int:
+    """That the trunk sees of the samples' training views."""
+    return task.preprocessing.image_size**2 * len(task.config.train_views) * len(samples)
 
 
 def predict_test(
@@ -117,32 +154,36 @@ def predict_test(
     num_before, steady_rate = shared.num_computed, clock.worker.pace.steady_rate()  # of training alone
     with clock.phases.measure("inference"):
         stored, is_read = shared.complete_test()
-        rows = shared.logits(model.head, stored) if has_head else shared.on_rank_0(stored)
+        found = shared.logits(model.head, stored) if has_head else shared.on_rank_0(stored)
     timings = clock.gather_rows(num_train_images, shared.num_computed - num_before, steady_rate)
-    if rows is None:
+    if found is None:
         return None
     num_columns = model.head.out_features if has_head else model.head.in_features
     outputs = torch.full((len(is_read), num_columns), torch.nan)
-    if len(rows):  # none has no columns
-        outputs[torch.from_numpy(is_read)] = rows[:]
+    if len(found):  # none has no columns
+        by_view = found[:].unflatten(0, (int(is_read.sum()), -1))
+        outputs[torch.from_numpy(is_read)] = by_view.mean(1)
     return Predicted(outputs, shared.errors, timings)
 
 
 def build_model(task: Task) -> Classifier:
     """The task's classifier before training."""
     weights, size = task.weights, task.preprocessing.image_size
-    return build_classifier(weights.backbone, weights.state, len(task.dataset.classes), task.config.seed, size)
+    num_classes, seed = len(task.dataset.classes), task.config.seed
+    return build_classifier(weights.backbone, weights.state, num_classes, seed, size, task.config.readout)
 
 
-def draw_examples(
-    dataset: Dataset, preprocessing: Preprocessing, seed: int, num_examples: int = 16
-) -> list[tuple[np.ndarray, str]]:
+def draw_examples(task: Task, num_examples: int = 16) -> list[tuple[np.ndarray, str]]:
     """First views of training images spread over the split: (S, S, 3) uint8 as the model sees them, class name."""
+    dataset, preprocessing = task.dataset, task.preprocessing
     step = max(1, len(dataset.train) // num_examples)
     examples = []
     for sample in dataset.train[: step * num_examples : step]:
-        image = dataset.source.read(sample.path)
-        view = draw_view(seed, 0, sample.path, image.shape[1], image.shape[2])
+        image = cut_background(dataset.source.read(sample.path), preprocessing)
+        drawing, number = task.drawing, task.config.train_views[len(examples) % len(task.config.train_views)]
+        view = find_view(
+            preprocessing, number, drawing.seed, sample.path, *image.shape[1:], is_turned=drawing.is_turned
+        )
         model_input = view_batch([image], [view], preprocessing)[0]
         examples.append((to_picture(model_input, preprocessing), dataset.classes[sample.label or 0]))
     return examples

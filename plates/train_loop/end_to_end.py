@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from plates import metrics
 from plates.dataset import Sample, Samples, row_groups
 from plates.device import DTYPES, move
-from plates.features import EVAL, Views, make_numbered, no_views
+from plates.features import Views, make_numbered, no_views
 from plates.head import FIGURES, epoch_order
 from plates.images import prefetch
 from plates.model import Classifier, set_trainable
@@ -23,7 +23,7 @@ from plates.timing import Phases
 from plates.train_loop.group import Worker, all_reduce_sum, gather, interleave, progress, share_of, tell_left
 from plates.train_loop.resume import SavedState
 from plates.train_loop.task import Fitted, Task
-from plates.transforms import to_input
+from plates.transforms import Preprocessing, cut_background, to_input
 
 EVAL_BATCH_SIZE_PER_WORKER = 64
 logger = logging.getLogger(__name__)
@@ -31,10 +31,18 @@ IMAGE_CACHE_BYTES = 1 << 30  # decoded images that a worker keeps; what does not
 
 
 class ImageCache:
-    """Decoded images by path, on the device, kept while they fit into the budget."""
+    """Decoded images by path, on the device, without the background where it is cut; kept while they fit into the
+    budget."""
 
-    def __init__(self, source: Source, device: torch.device, budget_bytes: int = IMAGE_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        budget_bytes: int = IMAGE_CACHE_BYTES,
+    ) -> None:
         self.source = source
+        self.preprocessing = preprocessing
         self.device = device
         self.num_free_bytes = budget_bytes
         self.images: dict[str, Tensor] = {}
@@ -43,7 +51,7 @@ class ImageCache:
         """(3, H, W) uint8 on the device."""
         image = self.images.get(path)
         if image is None:
-            image = move(self.source.read(path), self.device)
+            image = cut_background(move(self.source.read(path), self.device), self.preprocessing)
             if image.nbytes <= self.num_free_bytes and path not in self.images:
                 self.num_free_bytes -= image.nbytes
                 self.images[path] = image
@@ -60,17 +68,19 @@ def train_end_to_end(task: Task, worker: Worker, model: Classifier, phases: Phas
     """The loop for `layer4` and `all`: every epoch through the whole model."""
     model.to(device=worker.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     parameters = set_trainable(model, task.config.trainable)
-    cache = ImageCache(task.dataset.source, worker.device)
+    cache = ImageCache(task.dataset.source, task.preprocessing, worker.device)
     with phases.measure("data"):
         cache.warm([*task.dataset.train, *task.dataset.val])
     with phases.measure("train"):
         state, num_images = train_epochs(task, worker, model, parameters, cache)
         val_logits = evaluate(task, worker, model, cache).cpu()
     rows = interleave(gather(val_logits), worker)
-    num_steps = task.config.epochs * ceil(len(task.dataset.train) / task.config.global_batch_size)
-    num_skipped = num_steps - state.num_taken_steps()
+    figures = {}
+    if task.precision == "fp16":
+        num_steps = task.config.epochs * ceil(len(task.dataset.train) / task.config.global_batch_size)
+        figures["train/num_skipped_steps"] = num_steps - state.num_taken_steps()
     val_logits = torch.stack(rows) if rows else val_logits
-    return Fitted(state.history, val_logits, num_images, num_skipped_steps=num_skipped)
+    return Fitted(state.history, val_logits, num_images, figures=figures)
 
 
 def autocast(task: Task, worker: Worker) -> torch.autocast:
@@ -151,10 +161,10 @@ def train_batches(
     A worker without images in a batch gets B = 0, and takes part with a loss of zero.
     """
     config, labels = task.config, task.dataset.train.labels
-    size, view = config.global_batch_size, epoch % (config.num_views or config.epochs)
+    size, view = config.global_batch_size, config.train_views[epoch % len(config.train_views)]
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     shares = [share_of(batch, worker, num_together=1) for batch in batches]
-    loaded = load_batches(task, cache, task.dataset.train, shares, view)
+    loaded = load_batches(task, cache, task.dataset.train, shares, [view])
     for batch, share, inputs in zip(batches, shares, loaded, strict=True):
         yield inputs, move(labels[share], worker.device), len(batch)
 
@@ -163,23 +173,25 @@ def train_batches(
 def evaluate(task: Task, worker: Worker, model: Classifier, cache: ImageCache) -> Tensor:
     """(n, C) logits on the device of this worker's share of the validation images."""
     share = share_of(range(len(task.dataset.val)), worker)
-    batches = [share[i : i + EVAL_BATCH_SIZE_PER_WORKER] for i in range(0, len(share), EVAL_BATCH_SIZE_PER_WORKER)]
+    views = task.config.eval_views
+    size = max(1, EVAL_BATCH_SIZE_PER_WORKER // len(views))
+    batches = [share[i : i + size] for i in range(0, len(share), size)]
     logits = [torch.zeros((0, model.head.out_features), device=worker.device)]
-    for inputs in load_batches(task, cache, task.dataset.val, batches, EVAL):
+    for inputs in load_batches(task, cache, task.dataset.val, batches, views):
         with autocast(task, worker):
-            logits.append(model(inputs).float())
+            logits.append(model(inputs).float().unflatten(0, (-1, len(views))).mean(1))
     return torch.cat(logits)
 
 
 def load_batches(
-    task: Task, cache: ImageCache, samples: Samples, batches: Sequence[Sequence[int]], view: int
+    task: Task, cache: ImageCache, samples: Samples, batches: Sequence[Sequence[int]], views: Sequence[int]
 ) -> Iterator[Tensor]:
-    """One view of the images of each batch as input, (B, 3, S, S), read ahead by threads; B may be 0."""
+    """Views of the images of each batch as input, (B * V, 3, S, S), read ahead by threads; B may be 0."""
     preprocessing = task.preprocessing
 
     def load(index: int) -> Views:
         path = samples[index].path
-        return make_numbered(cache.read(path), path, [view], task.config.seed, preprocessing)
+        return make_numbered(cache.read(path), path, views, task.drawing, preprocessing)
 
     loaded = prefetch(load, chain(*batches), 2 * max([1, *map(len, batches)]), cache.device)
     nothing = no_views(preprocessing, cache.device)

@@ -1,8 +1,12 @@
 """The frozen trunk: features computed by all workers once, the head fitted on them by rank 0."""
 
+import math
+
+import torch
+from torch import Tensor
+
 from plates.dataset import row_groups
-from plates.features import EVAL
-from plates.head import HeadSettings, fit_heads
+from plates.head import Heads, HeadSettings, fit_heads, score_heads
 from plates.model import Classifier
 from plates.store import FeatureRows
 from plates.train_loop.group import Worker, broadcast, share_of
@@ -13,43 +17,80 @@ from plates.train_loop.task import Fitted, Task
 def train_head(task: Task, worker: Worker, model: Classifier, shared: SharedFeatures) -> Fitted:
     """The head alone: the group computes the trunk's features once, rank 0 fits the head on them.
 
-    With the trunk frozen this is the same head as training end to end over the same views, to rounding.
+    With the trunk frozen adam's is the same head as training end to end over the same views, to rounding.
     """
     config, dataset = task.config, task.dataset
+    is_logistic = config.head == "logistic"
     train, val, is_reused = labelled_features(task, shared)
-    history, val_logits = [], None
+    as_predicted = eval_features(task, shared) if is_logistic else None
+    heads, figures, history, val_logits = None, {}, [], None
     if train is not None and val is not None:
-        settings = HeadSettings(
-            lr=config.lr, step_size=config.step_size, gamma=config.gamma, indices=range(len(dataset.train))
-        )
-        heads = fit_heads(
-            train,
-            dataset.train.labels,
-            [settings],
-            (model.head.weight.detach(), model.head.bias.detach()),
-            epochs=config.epochs,
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            groups=row_groups(dataset.source, dataset.train),
-            evaluation=(val[:], dataset.val.labels),
-            device=worker.device,
-        )
+        evaluation = (val[:].mean(0), dataset.val.labels)  # logits are linear in features
+        if as_predicted is not None:
+            heads, figures = fit_by_strength(task, train[:], as_predicted, evaluation)
+        else:
+            settings = HeadSettings(
+                lr=config.lr, step_size=config.step_size, gamma=config.gamma, indices=range(len(dataset.train))
+            )
+            heads = fit_heads(
+                train,
+                dataset.train.labels,
+                [settings],
+                (model.head.weight.detach(), model.head.bias.detach()),
+                epochs=config.epochs,
+                global_batch_size=config.global_batch_size,
+                seed=config.seed,
+                groups=row_groups(dataset.source, dataset.train),
+                evaluation=evaluation,
+                device=worker.device,
+            )
         model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
-        val_logits = heads.logits(val[:])[0]
-        history = heads.history(0)
+        val_logits, history = heads.logits(evaluation[0])[0], heads.history(0)
     model.head.load_state_dict(broadcast(model.head.state_dict()))
-    return Fitted(history, val_logits, len(share_of(range(len(dataset.train)), worker)) * config.epochs, is_reused)
+    num_views = len(config.train_views) if is_logistic else config.epochs
+    num_images = len(share_of(range(len(dataset.train)), worker)) * num_views
+    return Fitted(history, val_logits, num_images, is_reused, figures)
+
+
+def fit_by_strength(
+    task: Task, train: Tensor, as_predicted: Tensor, evaluation: tuple[Tensor, Tensor]
+) -> tuple[Heads, dict[str, float | int]]:
+    """Logistic regression of the strength, and at the temperature, that cross-validation finds: one head, of one row
+    of history; and both figures.
+
+    Args:
+        train: (V, N, F) of the views to train on.
+        as_predicted: (N, F) of the same images as validation and prediction see them.
+        evaluation: (M, F) and (M,) of the validation split.
+    """
+    from plates.logistic import choose_strength, fit_logistic  # scikit-learn and scipy, which nothing else needs
+
+    labels, num_classes = task.dataset.train.labels, len(task.dataset.classes)
+    strength, heat = choose_strength(train, labels, num_classes, as_predicted, task.config.seed)
+    weight, bias = fit_logistic(train, labels, num_classes, torch.ones(1, len(labels), dtype=torch.bool), [strength])
+    weight, bias = weight[0] / heat, bias[0] / heat
+    scores = (*score_heads(weight, bias, (as_predicted, labels)), *score_heads(weight, bias, evaluation))
+    figures = torch.stack([torch.full_like(scores[0], math.nan), *scores], 1)[:, None]  # (1, 1, 5)
+    return Heads(weight, bias, figures), {"head/strength": strength, "head/temperature": heat}
+
+
+def eval_features(task: Task, shared: SharedFeatures) -> Tensor | None:
+    """(N, F) of the training images as validation and prediction see them, on rank 0. Every worker takes part."""
+    samples, views = task.dataset.train, task.config.eval_views
+    rows = shared.on_rank_0(shared.complete(samples, views, num_later=len(task.dataset.test)))
+    return None if rows is None else rows.arranged((len(samples), len(views)), 1, 0)[:].mean(0)
 
 
 def labelled_features(task: Task, shared: SharedFeatures) -> tuple[FeatureRows | None, FeatureRows | None, bool]:
-    """(V, N, F) of the training views and (M, F) of the validation split, on rank 0; and whether training views were
-    stored before. Every worker takes part."""
-    dataset, views = task.dataset, range(task.config.num_views or task.config.epochs)
+    """(V, N, F) of the training views and (T, M, F) of those of the validation split, on rank 0; and whether training
+    views were stored before. Every worker takes part."""
+    dataset, views, eval_views = task.dataset, task.config.train_views, task.config.eval_views
     num_val, num_test = len(dataset.val), len(dataset.test)
     description = f"features in {task.precision}"
     of_train = shared.complete(dataset.train, views, description, num_later=num_val + num_test)
     train = shared.on_rank_0(of_train)
-    val = shared.on_rank_0(shared.complete(dataset.val, [EVAL], num_later=num_test))
-    if train is not None:
+    val = shared.on_rank_0(shared.complete(dataset.val, eval_views, num_later=num_test))
+    if train is not None and val is not None:
         train = train.arranged((len(dataset.train), len(views)), 1, 0)
+        val = val.arranged((len(dataset.val), len(eval_views)), 1, 0)
     return train, val, of_train.is_reused

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from plates.dataset import Samples, in_threads
-from plates.features import EVAL, FrozenTrunk, Wanted, compute_features, row_keys, trunk_key
+from plates.features import FrozenTrunk, Wanted, compute_features, row_keys, trunk_key
 from plates.rundir import FEATURES_FOLDER
 from plates.store import BYTES_PER_PART, FeatureRows, FeatureStore
 from plates.train_loop.group import Worker, all_gather, broadcast, gather, interleave, progress, share_of, tell_left
@@ -40,7 +40,13 @@ class SharedFeatures:
     """The features of a trunk, stored in the cache, or, where it was trained, in a folder that goes with the run."""
 
     def __init__(self, task: Task, worker: Worker, trunk: nn.Module, *, is_trained: bool = False) -> None:
-        described = (task.weights.backbone, task.preprocessing, task.precision, worker.device.type)
+        described = (
+            task.weights.backbone,
+            task.config.readout,
+            task.preprocessing,
+            task.precision,
+            worker.device.type,
+        )
         key = broadcast(trunk_key(trunk, *described) if worker.rank == 0 else "")
         self.task, self.worker, self.trunk = task, worker, trunk
         self.store = FeatureStore((task.run / FEATURES_FOLDER if is_trained else task.cache_root / "features") / key)
@@ -65,7 +71,7 @@ class SharedFeatures:
             num_later: images that are to be computed after these.
             may_fail: an image that cannot be read has no row, which none hands in, and its reason is in `errors`.
         """
-        keys, is_reused = row_keys(samples, views, self.task.config.seed), None
+        keys, is_reused = row_keys(samples, views, self.task.drawing), None
         for _ in range(MAX_TRIES + 1):
             ranks = np.full(len(keys), -1)
             for rank, bits in enumerate(all_gather(np.packbits(self.store.find(keys) >= 0))):
@@ -94,17 +100,23 @@ class SharedFeatures:
     def compute(self, wanted: Iterable[Wanted], may_fail: bool) -> Iterator[Tensor]:
         """(V, F) of each path and its views; (0, F) of an image that may fail and does."""
         if self.fast_trunk is None:
-            device, precision, pace = self.worker.device, self.task.precision, self.worker.pace
-            self.fast_trunk = FrozenTrunk(self.trunk, self.task.preprocessing, device, precision, pace)
-        source, seed, errors = self.task.dataset.source, self.task.config.seed, self.errors if may_fail else None
-        for rows in compute_features(self.fast_trunk, source, wanted, seed, errors):
+            self.fast_trunk = FrozenTrunk(
+                self.trunk,
+                self.task.preprocessing,
+                self.worker.device,
+                self.task.precision,
+                self.worker.pace,
+                self.task.config.readout,
+            )
+        source, errors = self.task.dataset.source, self.errors if may_fail else None
+        for rows in compute_features(self.fast_trunk, source, wanted, self.task.drawing, errors):
             self.num_computed += len(rows) > 0
             yield rows
 
     def complete_test(self) -> tuple[StoredRows, np.ndarray]:
         """Completes the test split, whose images nobody has looked at yet: each worker hashes a share of them first.
 
-        Returns: the rows of the images that can be read, and (N,) which these are.
+        Returns: the rows of the images that can be read, each view's in turn, and (N,) which these are.
         """
         samples, worker = self.task.dataset.test, self.worker
         share = samples.take(share_of(range(len(samples)), worker))
@@ -113,9 +125,10 @@ class SharedFeatures:
         is_read = np.array([digest is not None for digest in digests], bool)
         self.errors |= {samples[index].path: str(found[index]) for index in np.flatnonzero(~is_read).tolist()}
         hashed = samples.with_digests(digests).where(is_read.tolist())
-        stored = self.complete(hashed, [EVAL], "predicting", may_fail=True)
+        views = self.task.config.eval_views
+        stored = self.complete(hashed, views, "predicting", may_fail=True)
         has_row = stored.ranks >= 0
-        is_read[np.flatnonzero(is_read)] = has_row
+        is_read[np.flatnonzero(is_read)] = has_row[:: len(views)]
         return replace(stored, keys=stored.keys.filter(pa.array(has_row)), ranks=stored.ranks[has_row]), is_read
 
     def on_rank_0(self, stored: StoredRows) -> FeatureRows | None:

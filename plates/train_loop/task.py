@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from plates.config import TrainConfig
 from plates.dataset import SAMPLES_PER_BATCH, Dataset
+from plates.features import Drawing
 from plates.model import Weights, hash_weights
 from plates.rundir import versions
 from plates.storage import Place
@@ -16,7 +17,7 @@ from plates.transforms import Preprocessing
 
 # Where a run lies and what computes it: the result is the same, to rounding.
 NO_RESULT = {"data", "out", "backbone", "weights", "num_workers", "device", "cpus_per_worker", "skip_unreadable",
-             "wait_for_nodes_s", "precision"}  # fmt: skip
+             "wait_for_nodes_s", "precision", "cache_gb", "budget_s"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Task:
     cache_root: Place
     run: Place
     submitted_at: float
+
+    @property
+    def drawing(self) -> Drawing:
+        return Drawing(self.config.seed, is_turned=self.config.augment == "both")
 
 
 def task_key(task: Task) -> str:
@@ -61,7 +66,7 @@ class Fitted:
     val_logits: Tensor | None
     num_images: int
     has_reused_features: bool = False
-    num_skipped_steps: int = 0
+    figures: dict[str, float | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Trained:
     val_logits: Tensor
     predicted: Predicted
     has_reused_features: bool
-    num_skipped_steps: int
+    figures: dict[str, float | int]  # of this kind of training alone
 
     @property
     def timings(self) -> list[dict[str, Any]]:

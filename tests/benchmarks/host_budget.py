@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from plates.device import CUDA_BATCH_SIZE
-from plates.features import compute_features
+from plates.features import Drawing, compute_features
 from plates.images import decode
 from plates.model import preprocessing_of
 from plates.synthetic import draw_plate
@@ -74,7 +74,7 @@ def measure(photo: Photo, num_views: int, is_device_way: bool) -> float:
     with patch("plates.features.move", lambda values, device: values.clone() if is_device_way else values), patch(
         "plates.features.make_views", launch_views if is_device_way else make_views
     ):  # fmt: skip
-        rows = compute_features(NoTrunk(), photo, repeat(("a.jpg", range(num_views))), 0)  # pyright: ignore
+        rows = compute_features(NoTrunk(), photo, repeat(("a.jpg", range(num_views))), Drawing(0))  # pyright: ignore
         next(rows)
         start_s, count = time.perf_counter(), 0
         while time.perf_counter() - start_s < SECONDS_PER_MEASUREMENT or count < CUDA_BATCH_SIZE // num_views:

@@ -25,11 +25,12 @@ from torch import Tensor
 from plates.config import TrainConfig
 from plates.dataset import Dataset, load_dataset
 from plates.device import best_precision, set_up_process
-from plates.features import EVAL, FrozenTrunk, compute_features
+from plates.features import Drawing, FrozenTrunk, compute_features
 from plates.model import build_classifier, preprocessing_of, set_trainable
 from plates.train_loop.end_to_end import ImageCache, train_epochs
 from plates.train_loop.group import Worker
 from plates.trainer import make_task
+from plates.transforms import EVAL
 from plates.weights import resolve_weights
 
 CPU = torch.device("cpu")
@@ -84,14 +85,14 @@ def speeds(packed: Path, run_folder: Path, order: list[str]) -> dict[str, float]
         trunk = FrozenTrunk(model.trunk, preprocessing, CPU, precision)
         start_s = time.perf_counter()
         wanted = [(sample.path, [EVAL]) for sample in data.train]
-        assert len(list(compute_features(trunk, data.source, wanted, 0))) == len(wanted)
+        assert len(list(compute_features(trunk, data.source, wanted, Drawing(0)))) == len(wanted)
         measured[f"head {name}"] = len(data.train) / (time.perf_counter() - start_s)
         task = make_task(config, data, weights, preprocessing, precision, run_folder / name)
         model = build_classifier("resnet18", weights.state, 2, 0)
         parameters = set_trainable(model.to(memory_format=torch.channels_last), "layer4")
         start_s = time.perf_counter()
         worker = Worker(0, 1, CPU, is_ray=False, threads=(num_threads,))
-        train_epochs(task, worker, model, parameters, ImageCache(data.source, CPU, 0))
+        train_epochs(task, worker, model, parameters, ImageCache(data.source, preprocessing, CPU, 0))
         measured[f"layer4 {name}"] = len(data.train) / (time.perf_counter() - start_s)
     return measured
 

@@ -13,9 +13,10 @@ from conftest import write_picture
 from test_train import CONFIG, assert_same, train_on
 
 from plates import features
+from plates.backbones import OWN_READOUT
 from plates.dataset import check_dataset, load_dataset
 from plates.device import best_precision
-from plates.features import EVAL, FrozenTrunk, compute_features
+from plates.features import Drawing, FrozenTrunk, compute_features
 from plates.folding import fold_batch_norm
 from plates.head import HeadSettings, fit_heads
 from plates.model import build_classifier, build_trunk, preprocessing_of
@@ -24,6 +25,7 @@ from plates.timing import Phases
 from plates.train_loop.end_to_end import train_end_to_end
 from plates.train_loop.group import Worker
 from plates.trainer import make_task
+from plates.transforms import EVAL
 from plates.weights import resolve_weights
 from ray_jobs import predict as predict_job
 from ray_jobs import train as train_job
@@ -147,7 +149,7 @@ def test_no_view_of_an_image_is_computed_twice(folder, tmp_path, monkeypatch, lo
     flags = ["--data", str(folder), "--backbone", "resnet18", "--weights", "none", "--image-size", "32", "--epochs"]
     flags += ["4", "--num-workers", "0", "--num-views"]
     checkpoint = ["--checkpoint", str(tmp_path / "two" / "checkpoint"), "--data", str(folder), "--num-workers", "0"]
-    few = ["--num-trials", "2", "--folds", "2", "--cv-repeats", "1"]
+    few = ["--num-trials", "2", "--folds", "2", "--cv-repeats", "1", "--search", "recipe"]
     for job, asked, out, num_passes in (
         (train_job, [*flags, "2"], "two", 2 * 13 + 4 + 7),  # views of training, validation, test
         (train_job, [*flags, "4"], "four", 2 * 13),
@@ -182,14 +184,14 @@ def test_each_image_gets_its_own_rows_whatever_the_batches(num_views, folder):
     dataset = load_dataset(str(folder), 0)
     trunk = FrozenTrunk(build_trunk("resnet18")[0], preprocessing_of("resnet18", 32), CPU, "fp32")
     wanted = [(sample.path, range(num_views)) for sample in dataset.train]
-    rows = list(compute_features(trunk, dataset.source, wanted, 0))
+    rows = list(compute_features(trunk, dataset.source, wanted, Drawing(0)))
     assert [row.shape for row in rows] == [(num_views, 512)] * 13
     for index in (0, 6, 12):
-        (alone,) = compute_features(trunk, dataset.source, wanted[index : index + 1], 0)
+        (alone,) = compute_features(trunk, dataset.source, wanted[index : index + 1], Drawing(0))
         assert torch.allclose(rows[index], alone, atol=1e-4)
     mixed = [(path, [EVAL, *views[1:]]) for path, views in wanted[::3]]  # another number of views of each
     mixed[1] = (mixed[1][0], [EVAL])
-    for number, row in enumerate(compute_features(trunk, dataset.source, mixed, 0)):
+    for number, row in enumerate(compute_features(trunk, dataset.source, mixed, Drawing(0))):
         assert len(row) == len(mixed[number][1])
         assert torch.allclose(row[1:], rows[3 * number][1 : len(row)], atol=1e-4)
 
@@ -247,7 +249,7 @@ def test_fitting_heads_does_not_depend_on_stored_layout():
 def key_of_a_trunk():
     weights = resolve_weights("resnet18", "none", 0)
     trunk = build_classifier("resnet18", weights.state, 2, 0).trunk
-    return features.trunk_key(trunk, "resnet18", preprocessing_of("resnet18", 32), "fp32", "cpu")
+    return features.trunk_key(trunk, "resnet18", OWN_READOUT, preprocessing_of("resnet18", 32), "fp32", "cpu")
 
 
 @pytest.mark.parametrize("name", ["transforms", "images", "model", "folding", "backbones", "features"])

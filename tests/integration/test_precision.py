@@ -78,7 +78,7 @@ def test_steps_that_overflow_are_skipped_by_all_workers_together(trainable, tmp_
     config = replace(CONFIG, data="synthetic:20", trainable=trainable, precision="fp16", lr=1e-6, epochs=3)
     config = replace(config, weights=loud(3000, tmp_path))
     here, on_ray = (train_on(count, config, tmp_path / str(count)) for count in (0, 2))
-    assert 1 <= here.num_skipped_steps == on_ray.num_skipped_steps <= 3
+    assert 1 <= here.figures["train/num_skipped_steps"] == on_ray.figures["train/num_skipped_steps"] <= 3
     in_fp32 = train_on(0, replace(config, precision="fp32"), tmp_path / "fp32")
     assert torch.allclose(losses_of(here), losses_of(on_ray), rtol=0.02)
     assert torch.allclose(losses_of(here), losses_of(in_fp32), rtol=0.1)
@@ -89,7 +89,7 @@ def test_a_skipped_step_is_no_step_and_its_images_count(tmp_path, caplog):
     config = replace(CONFIG, data="synthetic:20", trainable="all", precision="fp16", weights=loud(1e4, tmp_path))
     config = replace(config, epochs=1)
     trained = train_on(0, config, tmp_path / "fp16")
-    assert trained.num_skipped_steps == 3
+    assert trained.figures["train/num_skipped_steps"] == 3
     assert "all steps overflowed in fp16" in caplog.text
     before = resolve_weights("resnet18", config.weights, 0).state
     for name, value in before.items():

@@ -82,7 +82,7 @@ def test_an_epoch_reads_each_row_group_about_once(world_size, tmp_path, monkeypa
         shards.row_group.cache_clear()
         reads.clear()
         worker = Worker(rank, world_size, torch.device("cpu"), is_ray=False, threads=(2,) * world_size)
-        cache = ImageCache(dataset.source, worker.device, budget_bytes=0)
+        cache = ImageCache(dataset.source, PREPROCESSING, worker.device, budget_bytes=0)
         num_images = sum(len(labels) for _, labels, _ in train_batches(task, worker, 0, order, cache))
         assert num_images == 150 / world_size
         assert len(set(reads)) > 40

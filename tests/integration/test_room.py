@@ -72,6 +72,7 @@ def test_trials_of_heads_wait_for_room_too(hold_cpus, tmp_path, monkeypatch, cap
     monkeypatch.setattr("plates.job.tabulate_predictions", end)
     flags = ["--data", "synthetic:12", "--backbone", "resnet18", "--weights", "none", "--image-size", "32"]
     flags += ["--epochs", "1", "--folds", "2", "--cv-repeats", "1", "--num-trials", "2", "--num-workers", "1"]
+    flags += ["--search", "recipe"]
     assert tune.main([*flags, "--out", str(tmp_path / "run")]) == 1
     assert (tmp_path / "run" / "checkpoint").is_dir()  # the trials were run
     assert "the cluster is busy: waiting up to 1200 s for room for 1 worker of 1 CPU" in capsys.readouterr().out

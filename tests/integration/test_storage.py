@@ -113,7 +113,7 @@ def test_ray_workers_and_a_sweep_write_to_s3(folder, bucket, capfd):
     try:
         flags = [*SMALL, "--data", f"{bucket}/photos"]
         assert train.main([*flags, "--num-workers", "2", "--trainable", "layer4", "--out", f"{bucket}/two"]) == 0
-        few = ["--num-trials", "3", "--folds", "2", "--cv-repeats", "1", "--num-workers", "0"]
+        few = ["--num-trials", "3", "--folds", "2", "--cv-repeats", "1", "--num-workers", "0", "--search", "recipe"]
         assert tune.main([*flags, *few, "--out", f"{bucket}/sweep"]) == 0
     finally:
         ray.shutdown()

@@ -1,5 +1,6 @@
 """The store of features: what is damaged, gone or at work beside."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,7 @@ from test_train import CONFIG, assert_same, train_on
 
 from plates import features
 from plates.sources import FolderSource
-from plates.store import KEY_TYPE, FeatureStore
+from plates.store import KEY_TYPE, USE_FILE, FeatureStore, limit_size
 
 
 def test_damaged_parts_are_computed_again(folder, tmp_path, own_cache):
@@ -94,3 +95,23 @@ def test_parts_that_are_gone_are_computed_again(folder, tmp_path, monkeypatch, o
 
     config = replace(CONFIG, data=str(folder))
     assert_same(*run_beside(config, tmp_path, monkeypatch, clear), tolerance=1e-6)
+
+
+def test_the_least_recently_used_go_and_none_that_is_in_use(tmp_path):
+    stores = {}
+    for age_s, name in enumerate(("newest", "middle", "oldest", "in use")):
+        stores[name] = FeatureStore(tmp_path / name)
+        stores[name].add(b"k" * 16, torch.ones(1000))
+        stores[name].flush()
+        used_at = (tmp_path / name / USE_FILE).stat().st_mtime - 60 * age_s
+        os.utime(tmp_path / name / USE_FILE, (used_at, used_at))
+    for name in ("newest", "middle", "oldest"):
+        del stores[name]  # nobody uses them any more
+    limit_size(tmp_path, 1e9)
+    assert len([*tmp_path.iterdir()]) == 4
+    size = sum(file.stat().st_size for file in (tmp_path / "newest").iterdir())
+    limit_size(tmp_path, 2.5 * size)
+    assert {folder.name for folder in tmp_path.iterdir()} == {"newest", "in use"}
+    limit_size(tmp_path, 0)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["in use"]
+    FeatureStore(tmp_path / "in use").rows(pa.array([b"k" * 16], KEY_TYPE))

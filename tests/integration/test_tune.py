@@ -22,7 +22,7 @@ from ray_jobs import tune as tune_job
 
 SMALL = [
     "--data", "synthetic:24", "--backbone", "resnet18", "--weights", "none", "--image-size", "32", "--epochs", "4",
-    "--folds", "3", "--cv-repeats", "2", "--num-views", "2",
+    "--folds", "3", "--cv-repeats", "2", "--num-views", "2", "--search", "recipe",
 ]  # fmt: skip
 TRUNK = [*SMALL, "--trainable", "layer4", "--folds", "2"]
 FOUR = [*TRUNK, "--epochs", "3", "--num-trials", "4", "--seed", "1", "--lr", "1e-5"]
@@ -82,11 +82,12 @@ def test_a_sweep_cut_off_after_its_trials_keeps_its_trials_unless_labels_changed
     assert not list(run.glob(".*"))
 
 
+@pytest.mark.parametrize("search", ["recipe", "all"])
 @pytest.mark.parametrize("are_damaged", [False, True])
-def test_a_sweep_without_images_to_predict_ends_well(are_damaged, folder, tmp_path, local_ray):
+def test_a_sweep_without_images_to_predict_ends_well(are_damaged, search, folder, tmp_path, local_ray):
     for path in (folder / "test").iterdir():
         path.write_bytes(b"no image") if are_damaged else path.unlink()
-    flags = ["--data", str(folder), "--num-trials", "2", "--folds", "2", "--cv-repeats", "1"]
+    flags = ["--data", str(folder), "--num-trials", "2", "--folds", "2", "--cv-repeats", "1", "--search", search]
     ended = tune_job.main([*SMALL, *flags, "--out", str(tmp_path / "run")])
     assert ended == (3 if are_damaged else 0)
     assert pd.read_csv(tmp_path / "run" / "predictions.csv").empty

@@ -3,21 +3,22 @@ import dataclasses
 import pytest
 
 from plates.command import run_job
-from plates.config import JOB_CONFIGS, RULES, CheckConfig, TrainConfig, UserError
+from plates.config import JOB_CONFIGS, CheckConfig, PredictConfig, TrainConfig, TuneConfig, UserError
+from plates.rules import RULES
 
 DATA = {"data", "out", "skip_unreadable"}
-WORKER = {"num_workers", "device", "precision", "cpus_per_worker", "wait_for_nodes_s"}
+WORKER = {"num_workers", "device", "precision", "cpus_per_worker", "wait_for_nodes_s", "cache_gb"}
 MODEL = {
     "backbone", "weights", "trainable", "epochs", "lr", "step_size", "gamma", "global_batch_size", "image_size",
     "seed", "num_views",
 }  # fmt: skip
-
+SEEN = {"readout", "crop", "resize", "augment", "tta", "head"}
 
 FLAGS = {
     "prepare": DATA | {"num_workers", "seed"},
-    "train": DATA | WORKER | MODEL,
-    "tune": DATA | WORKER | MODEL | {"num_trials", "folds", "cv_repeats"},
-    "predict": DATA | WORKER | {"checkpoint"},
+    "train": DATA | WORKER | MODEL | SEEN,
+    "tune": DATA | WORKER | MODEL | SEEN | {"search", "budget_s", "num_trials", "folds", "cv_repeats"},
+    "predict": DATA | WORKER | {"checkpoint", "tta"},
     "benchmark": DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"},
     "check": {"address", "data", "out", "num_workers", "device"},
 }
@@ -46,7 +47,10 @@ def test_the_defaults_are_the_published_recipe():
         ("--data", "synthetic:"), ("--data", "synthetic:hard"), ("--data", "synthetic:8:"),
         ("--data", "synthetic:8:harder"), ("--data", "synthetic:8:hard:1"),
         ("--data", ""), ("--out", ""), ("--weights", ""), ("--backbone", "vgg16"), ("--backbone", "timm/vit_tinny"),
-        ("--backbone", "timm/vit_tiny_patch16_224.none"),
+        ("--backbone", "timm/vit_tiny_patch16_224.none"), ("--tta", "0"), ("--readout", ""),
+        ("--readout", "stage0/avg"), ("--readout", "last"), ("--readout", "pre/token"),
+        ("--readout", "last/avg+last/avg"), ("--cache-gb", "-1"),
+        ("--readout", "last/avg+"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line_and_exit_code_2(flag, value, capsys):
@@ -99,8 +103,71 @@ def test_configs_are_frozen():
     [("tune", "--num-trials", "0"), ("tune", "--folds", "1"), ("tune", "--cv-repeats", "0"), ("tune", "--seed", "-1"),
      ("benchmark", "--repeats", "0"), ("benchmark", "--worker-counts", "0"), ("benchmark", "--image-size", "31"),
      ("prepare", "--num-workers", "-1"), ("prepare", "--seed", "-1"), ("check", "--num-workers", "-1"),
-     ("train", "--cpus-per-worker", "0"), ("train", "--wait-for-nodes-s", "-1.0")],
+     ("tune", "--budget-s", "0.0"), ("predict --checkpoint c", "--tta", "0"), ("train", "--cpus-per-worker", "0"),
+     ("train", "--wait-for-nodes-s", "-1.0")],
 )  # fmt: skip
 def test_a_bad_number_is_one_line_in_every_job(job, flag, value, capsys):
-    assert run_job(lambda config: 0, JOB_CONFIGS[job], f"plates {job}", [flag, value]) == 2
+    job, *needed = job.split()
+    assert run_job(lambda config: 0, JOB_CONFIGS[job], f"plates {job}", [*needed, flag, value]) == 2
     assert capsys.readouterr().err.startswith(f"plates {job}: {flag} {value}: must be")
+
+
+@pytest.mark.parametrize(
+    ("settings", "train_views", "eval_views"),
+    [
+        ({}, [*range(100)], [-1]),
+        ({"num_views": 3}, [0, 1, 2], [-1]),
+        ({"epochs": 4, "tta": 3}, [0, 1, 2, 3], [-1, 0, 1]),
+        ({"augment": "both", "epochs": 2}, [0, 1], [-1]),
+        ({"augment": "both", "num_views": 2, "tta": 4}, [0, 1], [-1, 0, 1, 2]),
+        ({"tta": 9, "num_views": 1}, [0], [-1, 0, 1, 2, 3, 4, 5, 6, 7]),
+        ({"augment": "dihedral"}, [-1, -2, -3, -4, -5, -6, -7, -8], [-1]),
+        ({"augment": "dihedral", "num_views": 2, "tta": 8}, [-1, -2], [-1, -2, -3, -4, -5, -6, -7, -8]),
+        ({"augment": "dihedral", "num_views": 8, "tta": 2}, [-1, -2, -3, -4, -5, -6, -7, -8], [-1, -2]),
+    ],
+    ids=str,
+)
+def test_the_views_of_a_way_of_augmenting(settings, train_views, eval_views):
+    """Of a prediction the first is the image as it is, and it is never drawn unless more are asked for."""
+    config = TrainConfig(**settings)
+    assert list(config.train_views) == train_views
+    assert list(config.eval_views) == eval_views
+
+
+@pytest.mark.parametrize(
+    ("job", "flags", "message"),
+    [
+        ("train", {"augment": "dihedral", "tta": 9}, "--tta 9: --augment dihedral has 8 views"),
+        ("train", {"augment": "dihedral", "num_views": 9}, "--num-views 9: --augment dihedral has 8 views"),
+        ("train", {"head": "logistic", "trainable": "layer4"}, "--head logistic: .*not --trainable layer4"),
+        ("train", {"head": "logistic", "trainable": "all"}, "--head logistic: .*not --trainable all"),
+        ("tune", {"search": "all", "trainable": "layer4"}, "--search all: .*--trainable layer4 has --search recipe"),
+        ("tune", {"head": "logistic"}, "--head logistic: the baseline of a sweep"),
+        ("tune", {"head": "logistic", "search": "recipe"}, "--head logistic: the baseline of a sweep"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(job, flags, message):
+    with pytest.raises(UserError, match=message):
+        JOB_CONFIGS[job](**flags)
+
+
+def test_what_is_searched_by_default_follows_from_what_is_trained():
+    searched = {trainable: TuneConfig(trainable=trainable).search for trainable in ("head", "layer4", "all")}
+    assert searched == {"head": "all", "layer4": "recipe", "all": "recipe"}
+    assert TuneConfig(search="recipe").search == "recipe"
+
+
+def test_a_prediction_averages_as_many_views_as_its_model_was_trained_for_unless_told():
+    from plates.checkpoint import Bundle
+    from plates.job import settings_of
+    from plates.model import preprocessing_of
+
+    info = {"seed": 4, "trainable": "head", "readout": "pre/max", "augment": "dihedral", "tta": 8}
+    bundle = Bundle("resnet18", ("a", "b"), preprocessing_of("resnet18", 64), {}, info)
+    kept = settings_of(bundle, PredictConfig(checkpoint="c"))
+    assert (kept.tta, kept.augment, kept.readout, kept.seed) == (8, "dihedral", "pre/max", 4)
+    assert settings_of(bundle, PredictConfig(checkpoint="c", tta=1)).eval_views == [-1]
+    with pytest.raises(UserError, match="--tta 9"):
+        settings_of(bundle, PredictConfig(checkpoint="c", tta=9))
+    before = settings_of(dataclasses.replace(bundle, info={}), PredictConfig(checkpoint="c"))
+    assert (before.eval_views, before.readout) == ([-1], "last/avg")

@@ -185,6 +185,22 @@ def test_nested_folds_give_the_gain_of_choosing_free_of_selection():
     assert figures["nested/gain_high"] == pytest.approx(0.1 + half)
 
 
+def test_nested_figures_have_the_intervals_of_their_images():
+    """Student's t of the losses, cut off at 0, and Wilson's of the 3 of 4 that are right."""
+    for losses, low in (([0.9, 0.9, 1.1, 1.3], None), ([0.0, 0.0, 0.0, 4.0], 0.0)):
+        result = made_up(1.0, losses, nested_outer=[(losses, [1.0, 1.0, 0.0, 1.0])])
+        schedules = draw_schedules(replace(CONFIG, num_trials=1))
+        figures = summarize([result], schedules, tabulate_trials([result], schedules))
+        half = stats.t.ppf(0.975, 3) * np.std(losses, ddof=1) / 2
+        assert figures["nested/log_loss_low"] == pytest.approx(np.mean(losses) - half if low is None else low)
+        assert figures["nested/log_loss_high"] == pytest.approx(np.mean(losses) + half)
+        for bound in (figures["nested/accuracy_low"], figures["nested/accuracy_high"]):
+            assert abs(0.75 - bound) / (bound * (1 - bound) / 4) ** 0.5 == pytest.approx(1.96, abs=0.001)
+    diverged = made_up(np.inf, [np.inf] * 4)
+    figures = summarize([diverged], schedules, tabulate_trials([diverged], schedules))
+    assert np.isnan(figures["nested/log_loss_low"])
+
+
 def test_the_highest_seed_makes_folds():
     folds = make_folds(SAMPLES, replace(CONFIG, seed=2**32 - 1))
     assert len(folds.nested) == 3

@@ -42,7 +42,7 @@ def train_fold(factors: list[float]) -> Any:
         one_hot(task.dataset.val.labels, 2) * 9 * factors.pop(0),
         Predicted(torch.empty(0, 2), {}, []),
         has_reused_features=False,
-        num_skipped_steps=0,
+        figures={},
     )
 
 
@@ -106,13 +106,13 @@ def test_the_state_of_a_sweep_is_that_of_the_same_images_labels_weights_and_sett
 
 def test_state_of_other_images_is_removed_and_that_of_the_same_is_kept(tmp_path, capsys):
     task = make_task(tmp_path)
-    state = state_of(task)
+    state = state_of(task, 6)
     state.mkdir(parents=True)
     (state / "tuner.pkl").write_bytes(b"trials")
-    assert state_of(replace(task, config=replace(CONFIG, out=str(tmp_path)))) == state
+    assert state_of(replace(task, config=replace(CONFIG, out=str(tmp_path))), 6) == state
     assert (state / "tuner.pkl").exists()
     assert capsys.readouterr().out == ""
-    other = state_of(replace(task, dataset=with_another_image(task.dataset)))
+    other = state_of(replace(task, dataset=with_another_image(task.dataset)), 6)
     assert other != state
     assert not state.exists()
     assert "starting again" in capsys.readouterr().out

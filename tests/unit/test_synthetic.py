@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from plates.config import Difficulty, parse_drawn
+from plates.rules import Difficulty, parse_drawn
 from plates.sources import SyntheticSource
 from plates.synthetic import CLASSES, draw_plate, plate_box
 

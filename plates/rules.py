@@ -1,0 +1,69 @@
+"""What settings must be, and what is said where they are not."""
+
+import re
+from collections.abc import Callable
+from math import inf
+from typing import Any, Literal, cast, get_args
+
+Difficulty = Literal["easy", "hard"]
+
+DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
+READOUT = r"last/(avg|max|token|patches)|(pre|stage[1-9]\d*)/(avg|max)"
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its message names the setting, its value and the rule."""
+
+
+def is_drawn(data: str) -> bool:
+    """Whether --data asks for drawings, and does not name a folder such as synthetic_plates."""
+    return data.partition(":")[0] == "synthetic"
+
+
+def parse_drawn(data: str) -> tuple[int, Difficulty] | None:
+    """(number of labelled plates, difficulty) of synthetic[:N[:easy|hard]]; None of what does not follow that."""
+    found = re.fullmatch(f"synthetic(?::([0-9]+)(?::({'|'.join(get_args(Difficulty))}))?)?", data)
+    num_labelled = int(found[1] or DEFAULT_NUM_SYNTHETIC) if found else 0
+    return (num_labelled, cast(Difficulty, found[2] or "easy")) if found and num_labelled >= 4 else None
+
+
+def is_readout(readout: str) -> bool:
+    """Whether every part of it, joined by +, names a stage and a pooling, none twice."""
+    parts = readout.split("+")
+    return all(re.fullmatch(READOUT, part) for part in parts) and len({*parts}) == len(parts)
+
+
+AT_LEAST_1 = ("cpus_per_worker", "epochs", "step_size", "global_batch_size", "num_views", "num_trials", "cv_repeats",
+              "repeats", "tta", "budget_s")  # fmt: skip
+# By setting, in whichever job it is: what its value must be, unless it is None, and what is said where it is not.
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("data", bool, "give synthetic, synthetic:N or a folder"),
+    (
+        "data",
+        lambda data: not is_drawn(data) or parse_drawn(data) is not None,
+        "drawn plates are synthetic[:N[:easy|hard]], N a whole number of at least 4",
+    ),
+    ("out", bool, "give a directory, or leave the flag out"),
+    ("checkpoint", bool, "give RUN/checkpoint"),
+    ("weights", bool, "give imagenet, none or a file"),
+    ("num_workers", lambda count: count == "auto" or count >= 0, "must be auto, 0 or more"),
+    *((name, lambda value: value >= 0, "must be at least 0") for name in ("wait_for_nodes_s", "cache_gb")),
+    ("lr", lambda lr: 0 < lr < inf, "must be a number above 0"),
+    ("gamma", lambda gamma: 0 < gamma <= 1, "must be above 0 and at most 1"),
+    ("image_size", lambda size: 32 <= size <= 4096, "must be 32 to 4096"),
+    ("readout", is_readout, "give last/avg, last/max, pre/max, stage3/avg or the like, several joined by +"),
+    ("seed", lambda seed: 0 <= seed < 2**32, "must be 0 to 4294967295"),
+    ("folds", lambda count: count >= 2, "must be at least 2"),
+    *((name, lambda count: count >= 1, "must be at least 1") for name in AT_LEAST_1),
+)
+
+
+class Config:
+    """Checks its settings by the rules above. Raises: UserError naming the flag, its value and the rule."""
+
+    def __post_init__(self) -> None:
+        for name, is_met, rule in RULES:
+            value = getattr(self, name, None)
+            if value is not None and not is_met(value):
+                shown = "is empty" if value == "" else value
+                raise UserError(f"--{name.replace('_', '-')} {shown}: {rule}")

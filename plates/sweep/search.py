@@ -78,7 +78,7 @@ def search_all(task: Task, folds: Folds, plan: Plan) -> Swept:
     bundle = Bundle(task.weights.backbone, task.dataset.classes, winning.preprocessing, model.state_dict(), chosen)
     predicted = run_loop(partial(predict, bundle), replace(winning, submitted_at=time.time()), plan)
     predicted.timings[0] |= {"train_s": train_s, "num_train_images": None}
-    print("\n".join(notes), flush=True)
+    print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
     return Swept(
         trials,
         figures | {"winner/temperature": winner.heat},

@@ -1,6 +1,5 @@
 """What jobs share: how a run starts, and how it writes its results, reports and finishes."""
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +18,7 @@ from plates.features import cache_root
 from plates.model import Weights, assemble, preprocessing_of
 from plates.predict import print_skipped, tabulate_predictions, write_predictions
 from plates.preflight import check_nodes
-from plates.report import import_libraries, summary_table, write_report
+from plates.report import summary_table, write_report
 from plates.store import limit_size
 from plates.timing import Phases, process_age_s, timing_table
 from plates.train_loop import draw_examples
@@ -92,8 +91,6 @@ def start(
         }
     rundir.claim_run(run, job, config, resolved)
     print("\n".join(filter(None, [weights.reason, plan.line, *resolved["notes"]])), flush=True)
-    if plan.num_workers:
-        threading.Thread(target=import_libraries, daemon=True).start()  # while the workers start
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     task = make_task(training, dataset, weights, preprocessing, precision, run)
     return Started(task, plan, skipped, resolved, phases)

@@ -151,8 +151,8 @@ def solve_fold(
     # sklearn's objective is C * (sum of cross-entropies) + 1/2 * ||w||^2; of two classes its w is the difference of
     # ours, w1 - w0, whose squared norm is twice that of both.
     solver = LogisticRegression(solver="newton-cg", tol=SOLVER_TOLERANCE, max_iter=MAX_NEWTON_STEPS, warm_start=True)
-    for place in np.argsort(strengths)[::-1]:
-        strength = strengths[place]
+    for index in np.argsort(strengths)[::-1]:
+        strength = strengths[index]
         solver.set_params(C=(2 if is_binary else 1) / (strength * len(inputs)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the gradient below decides
@@ -170,7 +170,7 @@ def solve_fold(
                 f"logistic regression of strength {strength:g} did not converge: its gradient's norm is {norm:.1e}, "
                 f"more than {GRADIENT_TOLERANCE:g}"
             )
-        weight[place, present], bias[place, present] = found, offset
+        weight[index, present], bias[index, present] = found, offset
     return weight, bias
 
 

@@ -81,12 +81,6 @@ def write_report(
     return run / "report.html"
 
 
-def import_libraries() -> None:
-    """What a page takes a second or two to import, for a process that has nothing else to do."""
-    import matplotlib.figure  # noqa: F401
-    import scipy.stats  # noqa: F401
-
-
 def summary_table(run: Place) -> str:
     """Return the run's times (seconds, images per second) and scores as plain text, at most 100 columns."""
     config, metrics = (read_json(run / name) for name in ("config.json", "metrics.json"))

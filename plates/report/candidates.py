@@ -42,8 +42,8 @@ def describe(row: Mapping[Any, Any]) -> str:
 
 def spell_model(named: pd.DataFrame, trials: pd.DataFrame) -> str:
     """The winner in a sentence or two."""
-    place = int(trials["is_winner"].to_numpy().argmax())
-    level, row = named.iloc[place], trials.to_dict("records")[place]
+    winner = int(trials["is_winner"].to_numpy().argmax())
+    level, row = named.iloc[winner], trials.to_dict("records")[winner]
     readouts = []
     for readout in row["readout"].split("+"):
         part, _, pooling = readout.partition("/")
@@ -70,10 +70,10 @@ def list_candidates(trials: pd.DataFrame, named: pd.DataFrame) -> dict[str, Any]
     levels = named.loc[best.index, differing].to_numpy(dtype=str).tolist()
     for of_row, row in zip(levels, best.to_dict("records"), strict=True):
         low, high = (format_number(row[f"log_loss_{bound}"], 4) for bound in ("low", "high"))
-        told = "baseline: " * bool(row["is_baseline"] and not row["is_winner"]) + tell_apart(row)
+        verdict = "baseline: " * bool(row["is_baseline"] and not row["is_winner"]) + tell_apart(row)
         rows.append([
             *of_row, spell_settings(row), str(row["trial"]),
-            format_loss(row["log_loss"]), f"{low}–{high}", format_percent(row["accuracy"]), told,
+            format_loss(row["log_loss"]), f"{low}–{high}", format_percent(row["accuracy"]), verdict,
         ])  # fmt: skip
     header = [*differing, "settings", "trial", "log-loss", "95% interval", "accuracy", "told apart"]
     return {"header": header, "rows": rows, "num_texts": len(differing) + 1}
@@ -97,9 +97,9 @@ def list_losses(trials: pd.DataFrame, named: pd.DataFrame) -> list[list[str]]:
     for choice, level, chosen in levels_of(trials, named):
         best = chosen.sort_values("log_loss").to_dict("records")[0]
         lost = best["log_loss"] - own
-        told = "winner" if chosen["is_winner"].any() else tell_apart(best)
+        verdict = "winner" if chosen["is_winner"].any() else tell_apart(best)
         loss = format_loss(best["log_loss"])
-        rows.append([choice, level, str(len(chosen)), loss, f"{lost:+.4f}" if isfinite(lost) else "–", told])
+        rows.append([choice, level, str(len(chosen)), loss, f"{lost:+.4f}" if isfinite(lost) else "–", verdict])
     return rows
 
 
@@ -122,21 +122,21 @@ def draw_choices(trials: pd.DataFrame, named: pd.DataFrame) -> Plot | None:
         return None
     limit = 1.15 * max(best for best in bests if isfinite(best))
     own = float(trials.loc[trials["is_winner"], "log_loss"].iloc[0])
-    places, before = [], levels[0][0]
+    heights, before = [], levels[0][0]
     for choice, _, _ in levels:
-        places.append(places[-1] + (1 if choice == before else 1.7) if places else 0.0)
+        heights.append(heights[-1] + (1 if choice == before else 1.7) if heights else 0.0)
         before = choice
     num_hidden = int((trials["log_loss"] > limit).sum())
     label = f"log-loss ({num_hidden} above are not shown)" if num_hidden else "log-loss"
-    with draw_plot("candidates by choice", label, 0.9 + 0.19 * places[-1]) as drawn:
+    with draw_plot("candidates by choice", label, 0.9 + 0.19 * heights[-1]) as drawn:
         axes, plot = drawn
         axes.axvline(own, color=COLOURS["accent"], linewidth=0.8, linestyle=":")
-        for place, (_, _, chosen) in zip(places, levels, strict=True):
+        for height, (_, _, chosen) in zip(heights, levels, strict=True):
             shown = chosen[chosen["log_loss"] <= limit]
-            axes.plot(shown["log_loss"], [place] * len(shown), "o", color=COLOURS["muted"], markersize=3, alpha=0.5)
+            axes.plot(shown["log_loss"], [height] * len(shown), "o", color=COLOURS["muted"], markersize=3, alpha=0.5)
             if chosen["is_winner"].any():
-                axes.plot([own], [place], "o", color=COLOURS["accent"], markersize=5)
-        axes.set_yticks(places, [level for _, level, _ in levels])
+                axes.plot([own], [height], "o", color=COLOURS["accent"], markersize=5)
+        axes.set_yticks(heights, [level for _, level, _ in levels])
         axes.invert_yaxis()
         axes.set_xlim(right=limit)
     plot["alt"] = (

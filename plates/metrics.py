@@ -38,3 +38,13 @@ def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...], split: str) 
     for (true, predicted), count in zip(pairs.tolist(), counts.tolist(), strict=True):
         figures[f"{split}/confusion/{classes[true]}/{classes[predicted]}"] = count
     return figures
+
+
+def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a fraction; 0 to 1 without images."""
+    from scipy.stats import binomtest  # takes a second, which the driver of a run has while it writes its report
+
+    if not num_images:
+        return 0.0, 1.0
+    low, high = binomtest(num_correct, num_images).proportion_ci(method="wilson")
+    return float(low), float(high)

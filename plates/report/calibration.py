@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from plates.metrics import wilson_interval
 from plates.report.plots import COLOURS, Plot, draw_plot
 from plates.report.text import format_percent
 from plates.storage import Place
@@ -65,12 +66,10 @@ def bin_error(confidence: np.ndarray, is_right: np.ndarray, bins: list[np.ndarra
 
 
 def describe_bin(confidence: np.ndarray, is_right: np.ndarray) -> dict[str, Any]:
-    from scipy.stats import binomtest
-
-    interval = binomtest(int(is_right.sum()), len(is_right)).proportion_ci(method="wilson")
+    interval = wilson_interval(int(is_right.sum()), len(is_right))
     return {
         "num_images": len(is_right), "lowest": confidence.min(), "highest": confidence.max(),
-        "confidence": confidence.mean(), "accuracy": is_right.mean(), "interval": (interval.low, interval.high),
+        "confidence": confidence.mean(), "accuracy": is_right.mean(), "interval": interval,
     }  # fmt: skip
 
 

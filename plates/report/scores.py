@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from plates.metrics import wilson_interval
 from plates.report.text import is_number
 
 MAX_MATRIX = 20  # classes of a confusion matrix that can still be read
@@ -20,10 +21,7 @@ def score_split(metrics: dict[str, Any], config: dict[str, Any], split: str) -> 
     hits = sum(count for (true, guess), count in cells.items() if true == guess)
     correct = hits if cells else round((accuracy or 0) * judged)
     score = {"split": split, "accuracy": accuracy, "loss": loss, "images": images, "judged": judged, "cells": cells}
-    from scipy.stats import binomtest  # takes a second, which the driver of a run has while it writes its report
-
-    interval = tuple(binomtest(correct, judged).proportion_ci(method="wilson")) if judged else (0.0, 1.0)
-    return score | {"correct": correct, "interval": interval}
+    return score | {"correct": correct, "interval": wilson_interval(correct, judged)}
 
 
 def show_scores(metrics: dict[str, Any], config: dict[str, Any]) -> list[dict[str, Any]]:

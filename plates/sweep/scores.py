@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from plates.config import TuneConfig, UserError
 from plates.dataset import Samples
+from plates.metrics import wilson_interval
 from plates.train_loop.task import Predicted, Task
 
 CONFIDENCE = 0.95
@@ -230,10 +231,9 @@ def summarize(results: list[TrialResult], schedules: list[Schedule], trials: pd.
         nested += zip(*chosen.nested_outer[fold], base_losses, strict=True)
     outer, right, base = np.array(nested).T
     loss, error = float(outer.mean()), half_width(outer)
-    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(CONFIDENCE, method="wilson")
     means = {
         "log_loss": (loss, float(np.maximum(0.0, loss - error)), loss + error),  # no log-loss is below 0
-        "accuracy": (float(right.mean()), float(interval.low), float(interval.high)),
+        "accuracy": (float(right.mean()), *wilson_interval(int(right.sum()), len(right))),
         "gain": paired_difference(outer, base),
     }
     for name, bounds in means.items():

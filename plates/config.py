@@ -15,6 +15,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Crop = Literal["none", "foreground"]
 Resize = Literal["squash", "border", "center"]
 Augment = Literal["crop", "dihedral", "both"]
+ClassWeights = Annotated[str, tyro.conf.arg(metavar="none|auto|NAME=W,NAME=W")]
 NumWorkers = Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="auto|N")]
 
 # The published loop is run in full where all its epochs are predicted, from its first ones, to take no longer.
@@ -110,6 +111,9 @@ class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
     """Views of --augment that a prediction averages, the image as it is first; costs as many passes of the trunk."""
     head: Literal["adam", "logistic"] = "adam"
     """adam: by the schedule of --lr; logistic: L2-regularised, to convergence, its strength by cross-validation."""
+    class_weights: ClassWeights = "none"
+    """How much an image counts in the loss, by class. auto: as much less as its class has more training images;
+    NAME=W: as given, 1 of a class not named."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -77,6 +77,7 @@ def fit_heads(
     epochs: int,
     global_batch_size: int,
     seed: int,
+    class_weights: Sequence[float] | None = None,
     groups: Tensor | None = None,
     evaluation: tuple[Tensor, Tensor] | None = None,
     device: torch.device = CPU,
@@ -88,6 +89,8 @@ def fit_heads(
         labels: (N,) int64.
         settings: H heads.
         initial: weight (C, F) and bias (C,) that every head starts from.
+        class_weights: (C,), how much an image of each class counts in a batch's mean loss; None for 1 each. The
+            figures are of losses that all count alike.
         groups: (N,) int64 of `epoch_order`; None for one group.
         evaluation: (M, F) features and (M,) labels scored after each epoch.
     """
@@ -96,6 +99,7 @@ def fit_heads(
         num_steps = ceil(len(one.indices) / global_batch_size)
         alike[one.lr, one.step_size, one.gamma, num_steps].append(head)
     groups = torch.zeros(len(labels), dtype=torch.int64) if groups is None else groups
+    weights = torch.ones(len(labels)) if class_weights is None else torch.tensor(class_weights)[labels]
     evaluation = evaluation and (evaluation[0].to(device), evaluation[1].to(device))
     fitted: list[tuple[Tensor, ...]] = []
     for (lr, step_size, gamma, _), heads in alike.items():
@@ -105,7 +109,8 @@ def fit_heads(
         figures = []
         for epoch in range(epochs):
             orders = [one[epoch_order(seed, epoch, groups[one])] for one in indices]
-            batches = load_batches(features, epoch % len(features), labels, orders, global_batch_size, device)
+            view = epoch % len(features)
+            batches = load_batches(features, view, labels, weights, orders, global_batch_size, device)
             lr = optimizer.param_groups[0]["lr"]
             means = fit_epoch(batches, weight, bias, optimizer)
             scheduler.step()
@@ -120,15 +125,17 @@ def load_batches(
     features: Tensor | FeatureRows,
     view: int,
     labels: Tensor,
+    weights: Tensor,
     orders: list[Tensor],
     global_batch_size: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """An epoch's steps of H heads on the device: features (H, B, F), labels (H, B), and their shares in the mean
-    (H, B), 0 where a head has no image; read from the stored features some steps at a time."""
+    (H, B) by the images' weights (N,), 0 where a head has no image; read from the stored features some steps at a
+    time."""
     indices = pad_sequence(orders, batch_first=True)
-    is_real = pad_sequence([torch.ones(len(order)) for order in orders], batch_first=True)
-    shares = torch.cat([step / step.sum(1, keepdim=True) for step in is_real.split(global_batch_size, 1)], 1)
+    weighed = pad_sequence([weights[order] for order in orders], batch_first=True)
+    shares = torch.cat([step / step.sum(1, keepdim=True) for step in weighed.split(global_batch_size, 1)], 1)
     bytes_per_step = features[view, indices[:1, :1]].nbytes * len(orders) * global_batch_size
     num_at_once = global_batch_size * max(1, BYTES_AT_ONCE // bytes_per_step)
     for chosen, share in zip(indices.split(num_at_once, 1), shares.split(num_at_once, 1), strict=True):

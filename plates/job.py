@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plates import rundir
 from plates.backbones import OWN_READOUT
+from plates.balance import weigh_classes
 from plates.checkpoint import Bundle, save_bundle
 from plates.cluster import Plan, plan_job
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PredictConfig, TrainConfig, UserError
@@ -55,6 +56,7 @@ def start(
     run, phases = rundir.find_run(config.out, job, config), Phases()
     with phases.measure("data"):
         dataset, skipped = load_data()
+    class_weights = weigh_classes(training.class_weights, dataset)  # refuses a class that there is not
     phases.seconds["process"] = process_age_s() - phases.seconds["data"]
     with phases.measure("ray"):
         plan = plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
@@ -89,6 +91,8 @@ def start(
             **{name: getattr(training, name) for name in ("seed", "trainable", "head", "readout", "augment", "tta")},
             "num_views": len(training.train_views),
         }
+    if training.class_weights != "none":
+        resolved["class_weights"] = dict(zip(dataset.classes, class_weights, strict=True))
     rundir.claim_run(run, job, config, resolved)
     print("\n".join(filter(None, [weights.reason, plan.line, *resolved["notes"]])), flush=True)
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]

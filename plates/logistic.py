@@ -6,7 +6,7 @@ A head of one fold and one strength minimises, over W (C, F) and b (C,),
 
 where x are the features, standardised by the mean and the standard deviation of that fold's training views alone; by
 at least a hundredth of the median deviation, since a dimension that hardly varies in training may vary elsewhere, and
-would decide alone.
+would decide alone. An image's class may count more than another in the first mean; in the standardisation none does.
 """
 
 import warnings
@@ -66,7 +66,12 @@ class FoldHeads:
 
 
 def fit_logistic(
-    features: Tensor, labels: Tensor, num_classes: int, kept: Tensor, strengths: Sequence[float]
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    kept: Tensor,
+    strengths: Sequence[float],
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fits a head for each of K folds and S strengths.
 
@@ -80,6 +85,7 @@ def fit_logistic(
         num_classes: C.
         kept: (K, N) bool, the images that each fold trains on, at least one.
         strengths: S positive numbers, in any order.
+        class_weights: (C,), how much an image of each class counts; None for 1 each.
 
     Returns: weight (K, S, C, F) and bias (K, S, C), float32, of linear layers on features that are not standardised.
 
@@ -88,7 +94,8 @@ def fit_logistic(
         RuntimeError: a head did not converge; names its strength and the norm of its gradient.
     """
     with threadpool_limits(BLAS_THREADS, "blas"):
-        folds = [fold.to_linear() for fold in solve_folds(features, labels, num_classes, kept, strengths)]
+        solved = solve_folds(features, labels, num_classes, kept, strengths, class_weights)
+        folds = [fold.to_linear() for fold in solved]
     return torch.stack([weight for weight, _ in folds]), torch.stack([bias for _, bias in folds])
 
 
@@ -99,6 +106,7 @@ def logits_of_folds(
     kept: Tensor,
     strengths: Sequence[float],
     evaluation: Tensor,
+    class_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Logits of M images by the heads of `fit_logistic`, whose weights are not kept.
 
@@ -108,14 +116,20 @@ def logits_of_folds(
     Returns: (K, S, M, C) float32, of images that a fold has kept, too.
     """
     with threadpool_limits(BLAS_THREADS, "blas"):
-        folds = solve_folds(features, labels, num_classes, kept, strengths)
+        folds = solve_folds(features, labels, num_classes, kept, strengths, class_weights)
         return torch.stack([torch.from_numpy(fold.logits(evaluation)).float() for fold in folds])
 
 
 def solve_folds(
-    features: Tensor, labels: Tensor, num_classes: int, kept: Tensor, strengths: Sequence[float]
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    kept: Tensor,
+    strengths: Sequence[float],
+    class_weights: Sequence[float] | None,
 ) -> Iterator[FoldHeads]:
     """The heads of each fold in turn, in float64, one fold's views in memory at a time."""
+    by_class = np.ones(num_classes) if class_weights is None else np.array(class_weights)
     for one in kept:
         scaler = StandardScaler(copy=False)
         inputs = scaler.fit_transform(features[:, one].flatten(0, 1).numpy().astype(np.float64))  # (n, F)
@@ -129,41 +143,43 @@ def solve_folds(
             basis, triangle = np.linalg.qr(inputs.T)
             inputs = np.ascontiguousarray(triangle.T)
         targets = labels[one].repeat(len(features)).numpy()
-        weight, bias = solve_fold(inputs, targets, num_classes, strengths, num_images=int(one.sum()))
+        weight, bias = solve_fold(inputs, targets, by_class, strengths, num_images=int(one.sum()))
         yield FoldHeads(np.asarray(scaler.mean_), floored, basis, weight, bias)
 
 
 def solve_fold(
     inputs: NDArray[np.float64],
     targets: NDArray[np.int64],
-    num_classes: int,
+    class_weights: NDArray[np.float64],
     strengths: Sequence[float],
     num_images: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Weight (S, C, R) and bias (S, C) on inputs (n, R), each strength from the solution of the next stronger one."""
     present, numbers = np.unique(targets, return_inverse=True)
-    weight = np.zeros((len(strengths), num_classes, inputs.shape[1]))
-    bias = np.full((len(strengths), num_classes), np.log(len(present) / (2 * num_images)))
+    weight = np.zeros((len(strengths), len(class_weights), inputs.shape[1]))
+    bias = np.full((len(strengths), len(class_weights)), np.log(len(present) / (2 * num_images)))
     bias[:, present] = 0
     if len(present) == 1:
         return weight, bias
     is_binary = len(present) == 2
-    # sklearn's objective is C * (sum of cross-entropies) + 1/2 * ||w||^2; of two classes its w is the difference of
-    # ours, w1 - w0, whose squared norm is twice that of both.
+    weights = class_weights[targets]
+    # sklearn's objective is C * (weighted sum of cross-entropies) + 1/2 * ||w||^2; of two classes its w is the
+    # difference of ours, w1 - w0, whose squared norm is twice that of both.
     solver = LogisticRegression(solver="newton-cg", tol=SOLVER_TOLERANCE, max_iter=MAX_NEWTON_STEPS, warm_start=True)
     for index in np.argsort(strengths)[::-1]:
         strength = strengths[index]
-        solver.set_params(C=(2 if is_binary else 1) / (strength * len(inputs)))
+        solver.set_params(C=(2 if is_binary else 1) / (strength * weights.sum()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the gradient below decides
-            solver.fit(inputs, numbers)
+            solver.fit(inputs, numbers, weights)
         found, offset = solver.coef_, np.asarray(solver.intercept_)
         if is_binary:
             found, offset = np.concatenate([-found, found]) / 2, np.concatenate([-offset, offset]) / 2
         offset = offset - offset.mean()
         errors = softmax(inputs @ found.T + offset, 1)
         errors[np.arange(len(numbers)), numbers] -= 1
-        gradient = np.column_stack([errors.T @ inputs / len(inputs) + strength * found, errors.mean(0)])
+        errors *= (weights / weights.sum())[:, None]
+        gradient = np.column_stack([errors.T @ inputs + strength * found, errors.sum(0)])
         norm = np.linalg.norm(gradient)
         if not norm <= GRADIENT_TOLERANCE:
             raise RuntimeError(
@@ -183,11 +199,17 @@ def mask_folds(folds: Sequence[NDArray[np.int64]], num_images: int) -> Tensor:
 
 
 def choose_strength(
-    features: Tensor, labels: Tensor, num_classes: int, evaluation: Tensor, seed: int
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    evaluation: Tensor,
+    seed: int,
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """The strength of the least log-loss in stratified cross-validation, and the temperature of its held-out logits.
 
-    Where images are many, it is repeated less, and with fewer of their views.
+    Held-out images count alike, whatever their class. Where images are many, it is repeated less, and with fewer of
+    their views.
 
     Args:
         features: (V, N, F) float32, the views to train on.
@@ -201,7 +223,7 @@ def choose_strength(
     splitter = RepeatedStratifiedKFold(n_splits=num_folds, n_repeats=num_repeats, random_state=seed)
     folds = list(splitter.split(labels, labels))
     kept = mask_folds([train for train, _ in folds], len(labels))
-    logits = logits_of_folds(features, labels, num_classes, kept, STRENGTHS, evaluation)
+    logits = logits_of_folds(features, labels, num_classes, kept, STRENGTHS, evaluation, class_weights)
     held = [torch.from_numpy(images) for _, images in folds]
     held_out = torch.cat([of_fold[:, images] for of_fold, images in zip(logits, held, strict=True)], 1)  # (S, n, C)
     targets = labels[torch.cat(held)]

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, get_args
 Difficulty = Literal["easy", "hard"]
 
 DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # of a class: 32-bit floats have room for their quotients
 READOUT = r"last/(avg|max|token|patches)|(pre|stage[1-9]\d*)/(avg|max)"
 
 
@@ -33,6 +34,18 @@ def is_readout(readout: str) -> bool:
     return all(re.fullmatch(READOUT, part) for part in parts) and len({*parts}) == len(parts)
 
 
+def parse_class_weights(class_weights: str) -> dict[str, float] | None:
+    """The weights by class of NAME=W,…; None of what does not follow that. A name may hold commas and =."""
+    found = re.findall(r"(.+?)=([0-9.eE+-]+)(?:,|$)", class_weights)
+    if ",".join(map("=".join, found)) != class_weights or len(dict(found)) < len(found):
+        return None
+    try:
+        weights = {name: float(weight) for name, weight in found}
+    except ValueError:
+        return None
+    return weights if all(LEAST_WEIGHT <= weight <= MOST_WEIGHT for weight in weights.values()) else None
+
+
 AT_LEAST_1 = ("cpus_per_worker", "epochs", "step_size", "global_batch_size", "num_views", "num_trials", "cv_repeats",
               "repeats", "tta", "budget_s")  # fmt: skip
 # By setting, in whichever job it is: what its value must be, unless it is None, and what is said where it is not.
@@ -52,6 +65,11 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("gamma", lambda gamma: 0 < gamma <= 1, "must be above 0 and at most 1"),
     ("image_size", lambda size: 32 <= size <= 4096, "must be 32 to 4096"),
     ("readout", is_readout, "give last/avg, last/max, pre/max, stage3/avg or the like, several joined by +"),
+    (
+        "class_weights",
+        lambda weights: weights in ("none", "auto") or bool(parse_class_weights(weights)),
+        "give none, auto or NAME=W,NAME=W,… with each W from 0.000001 to 1000000 and no class twice",
+    ),
     ("seed", lambda seed: 0 <= seed < 2**32, "must be 0 to 4294967295"),
     ("folds", lambda count: count >= 2, "must be at least 2"),
     *((name, lambda count: count >= 1, "must be at least 1") for name in AT_LEAST_1),

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import DistBackendError
 
+from plates.balance import weigh_classes
 from plates.cluster import Plan, find_room, plural
 from plates.config import TrainConfig, UserError
 from plates.dataset import Dataset
@@ -30,8 +31,9 @@ COLLECTIVE_TIMEOUT_S = 7 * 24 * 3600
 def make_task(
     config: TrainConfig, dataset: Dataset, weights: Weights, preprocessing: Preprocessing, precision: str, run: Place
 ) -> Task:
-    """A task whose start-up is counted from here."""
-    return Task(config, dataset, weights, preprocessing, precision, cache_root(), run, time.time())
+    """A task whose start-up is counted from here. Raises: UserError as `weigh_classes`."""
+    class_weights = weigh_classes(config.class_weights, dataset)
+    return Task(config, dataset, weights, preprocessing, precision, cache_root(), run, time.time(), class_weights)
 
 
 def run_loop(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan: Plan) -> ResultT:

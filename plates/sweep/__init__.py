@@ -36,7 +36,7 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     features, model, schedules = run_loop(compute_features, task, plan), build_model(task), draw_schedules(config)
     initial, labels = (model.head.weight.detach(), model.head.bias.detach()), task.dataset.train.labels
     start_s = time.perf_counter()
-    sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config)
+    sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config, task.class_weights)
     results = [result for ((_, result),) in run_head_trials(sweep, task, plan)]
     trials = tabulate_trials(results, schedules)
     figures = summarize(results, schedules, trials)

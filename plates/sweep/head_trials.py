@@ -25,8 +25,9 @@ Scored = tuple[Schedule, TrialResult]
 class HeadSweep:
     """What all trials of a sweep of heads read.
 
-    (V, N, F) views and (N, F) eval features of all labelled images; of a search of all also its passes, each of which
-    is tried with one view and with all of them, and the time after which no trial but the first is begun.
+    (V, N, F) views and (N, F) eval features of all labelled images, and how much each class counts in training, in
+    all folds alike; of a search of all also its passes, each of which is tried with one view and with all of them,
+    and the time after which no trial but the first is begun.
     """
 
     train: Tensor
@@ -36,6 +37,7 @@ class HeadSweep:
     folds: Folds
     schedules: list[Schedule]
     config: TuneConfig
+    class_weights: Sequence[float]
     passes: Sequence[Pass] = ()
     deadline: float = inf
 
@@ -47,8 +49,8 @@ class HeadSweep:
 
     def fit(self, settings: list[HeadSettings]) -> Heads:
         epochs, global_batch_size, seed = self.config.epochs, self.config.global_batch_size, self.config.seed
-        return fit_heads(self.train, self.labels, settings, self.initial, epochs=epochs,
-                         global_batch_size=global_batch_size, seed=seed)  # fmt: skip
+        return fit_heads(self.train, self.labels, settings, self.initial, class_weights=self.class_weights,
+                         epochs=epochs, global_batch_size=global_batch_size, seed=seed)  # fmt: skip
 
 
 def score_schedule(data: HeadSweep, schedule: Schedule) -> TrialResult:
@@ -69,7 +71,7 @@ def score_trial_of(data: HeadSweep, index: int) -> list[Scored]:
     if isinstance(trial, int):
         return [(data.schedules[trial], score_schedule(data, data.schedules[trial]))]
     found, num_views = trial
-    return score_readouts(found, num_views, data.labels, len(data.initial[1]), data.folds, data.config.tta)
+    return score_readouts(found, num_views, data.labels, data.class_weights, data.folds, data.config.tta)
 
 
 def run_head_trials(data: HeadSweep, task: Task, plan: Plan) -> list[list[Scored]]:

@@ -22,16 +22,17 @@ class Pass:
 
 
 def score_readouts(
-    found: Pass, num_views: int, labels: Tensor, num_classes: int, folds: Folds, most_tta: int
+    found: Pass, num_views: int, labels: Tensor, class_weights: Sequence[float], folds: Folds, most_tta: int
 ) -> list[tuple[Schedule, TrialResult]]:
     """Of each readout a candidate that predicts by one view and one by `most_tta`, each with its best strength."""
-    in_turn = folds.in_turn()
+    in_turn, num_classes = folds.in_turn(), len(class_weights)
     kept, ttas = mask_folds([train for train, _ in in_turn], len(labels)), sorted({1, min(most_tta, num_views)})
     candidates, strengths = [], STRENGTHS if len(labels) < LARGE else STRENGTHS[::2]
     for readout, columns in found.columns.items():
         features = found.features[:num_views, :, columns]
         evaluation = torch.cat([features[:tta].mean(0) for tta in ttas])
-        logits = logits_of_folds(features, labels, num_classes, kept, strengths, evaluation)  # (K, S, T * N, C)
+        # (K, S, T * N, C)
+        logits = logits_of_folds(features, labels, num_classes, kept, strengths, evaluation, class_weights)
         for tta, of_views in zip(ttas, logits.split(len(labels), 2), strict=True):
             settings = {"head": "logistic", **found.settings, "num_views": num_views, "readout": readout, "tta": tta}
             candidates.append(best_strength(of_views.movedim(1, 0), labels, folds, settings, strengths))

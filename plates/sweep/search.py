@@ -63,7 +63,8 @@ def search_all(task: Task, folds: Folds, plan: Plan) -> Swept:
     schedules = [{**own, **schedule} for schedule in draw_schedules(config)]
     initial = (head.weight.detach(), head.bias.detach())
     end = deadline - searched.time_to_predict_s * config.tta
-    sweep = HeadSweep(features.train, features.val, labels, initial, folds, schedules, config, passes, end)
+    read = (features.train, features.val, labels, initial, folds, schedules, config, task.class_weights)
+    sweep = HeadSweep(*read, passes, end)
     by_trial = run_head_trials(sweep, task, plan)
     notes += name_left_out(sweep, by_trial)
     settings, results = map(list, zip(*chain(*by_trial), strict=True))
@@ -186,10 +187,11 @@ def fit_winner(sweep: HeadSweep, found: Pass | None, settings: Schedule) -> Winn
         weight, bias, history, logits = heads.weight[0], heads.bias[0], heads.history(0), heads.logits(sweep.val)[1:]
     else:
         features = found.features[: settings["num_views"], :, found.columns[settings["readout"]]]
-        evaluation, problem = features[: settings["tta"]].mean(0), (features, labels, len(sweep.initial[1]))
+        weights, strengths = sweep.class_weights, [settings["strength"]]
+        evaluation, problem = features[: settings["tta"]].mean(0), (features, labels, len(weights))
         kept = mask_folds([np.arange(len(labels)), *(train for train, _ in repeated)], len(labels))
-        weight, bias = (value[0, 0] for value in fit_logistic(*problem, kept[:1], [settings["strength"]]))
-        logits = logits_of_folds(*problem, kept[1:], [settings["strength"]], evaluation)[:, 0]
+        weight, bias = (value[0, 0] for value in fit_logistic(*problem, kept[:1], strengths, weights))
+        logits = logits_of_folds(*problem, kept[1:], strengths, evaluation, weights)[:, 0]
         loss, accuracy = (float(of[0]) for of in score_heads(weight[None], bias[None], (evaluation, labels)))
         history = [dict(zip(("epoch", *FIGURES), (0, None, loss, accuracy, None, None), strict=True))]
     num_folds = len(sweep.folds.nested)

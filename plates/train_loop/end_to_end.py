@@ -105,6 +105,7 @@ def train_epochs(
     state.restore(worker)
     optimizer, scaler = state.optimizer, state.scaler
     groups, num_images = row_groups(dataset.source, dataset.train), 0
+    class_weights = torch.tensor(task.class_weights, device=worker.device)
     forward = sum_gradients(model) if dist.is_initialized() else model
     epochs = range(len(state.history), config.epochs)
     tell_left(task.run, len(epochs) + len(dataset.test), worker)
@@ -112,10 +113,11 @@ def train_epochs(
         lr, num_taken = optimizer.param_groups[0]["lr"], state.num_taken_steps()
         sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
         order = epoch_order(config.seed, epoch, groups).tolist()
-        for batch, labels, global_count in train_batches(task, worker, epoch, order, cache):
+        for batch, labels, global_weight in train_batches(task, worker, epoch, order, cache):
             with autocast(task, worker):
                 logits = forward(batch)
-                loss = cross_entropy(logits, labels, reduction="sum") / global_count  # a part of the batch's mean
+                loss_sum = cross_entropy(logits, labels, class_weights, reduction="sum")
+                loss = loss_sum / global_weight  # a part of the batch's mean
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -155,18 +157,20 @@ def sum_gradients(model: Classifier) -> DistributedDataParallel:
 
 def train_batches(
     task: Task, worker: Worker, epoch: int, order: Sequence[int], cache: ImageCache
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """This worker's part of each global batch, its images read ahead by threads: (B, 3, S, S), (B,), global count.
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """This worker's part of each global batch, its images read ahead by threads: (B, 3, S, S), (B,), and the sum of
+    the class weights of all images of the global batch, whose labels every worker knows.
 
     A worker without images in a batch gets B = 0, and takes part with a loss of zero.
     """
     config, labels = task.config, task.dataset.train.labels
+    weights = torch.tensor(task.class_weights)[labels]
     size, view = config.global_batch_size, config.train_views[epoch % len(config.train_views)]
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     shares = [share_of(batch, worker, num_together=1) for batch in batches]
     loaded = load_batches(task, cache, task.dataset.train, shares, [view])
     for batch, share, inputs in zip(batches, shares, loaded, strict=True):
-        yield inputs, move(labels[share], worker.device), len(batch)
+        yield inputs, move(labels[share], worker.device), float(weights[batch].sum())
 
 
 @torch.inference_mode()

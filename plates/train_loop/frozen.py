@@ -40,6 +40,7 @@ def train_head(task: Task, worker: Worker, model: Classifier, shared: SharedFeat
                 epochs=config.epochs,
                 global_batch_size=config.global_batch_size,
                 seed=config.seed,
+                class_weights=task.class_weights,
                 groups=row_groups(dataset.source, dataset.train),
                 evaluation=evaluation,
                 device=worker.device,
@@ -66,8 +67,9 @@ def fit_by_strength(
     from plates.logistic import choose_strength, fit_logistic  # scikit-learn and scipy, which nothing else needs
 
     labels, num_classes = task.dataset.train.labels, len(task.dataset.classes)
-    strength, heat = choose_strength(train, labels, num_classes, as_predicted, task.config.seed)
-    weight, bias = fit_logistic(train, labels, num_classes, torch.ones(1, len(labels), dtype=torch.bool), [strength])
+    class_weights, everything = task.class_weights, torch.ones(1, len(labels), dtype=torch.bool)
+    strength, heat = choose_strength(train, labels, num_classes, as_predicted, task.config.seed, class_weights)
+    weight, bias = fit_logistic(train, labels, num_classes, everything, [strength], class_weights)
     weight, bias = weight[0] / heat, bias[0] / heat
     scores = (*score_heads(weight, bias, (as_predicted, labels)), *score_heads(weight, bias, evaluation))
     figures = torch.stack([torch.full_like(scores[0], math.nan), *scores], 1)[:, None]  # (1, 1, 5)

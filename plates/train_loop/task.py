@@ -32,6 +32,7 @@ class Task:
     cache_root: Place
     run: Place
     submitted_at: float
+    class_weights: tuple[float, ...]  # by class how much an image counts in the loss
 
     @property
     def drawing(self) -> Drawing:
@@ -53,6 +54,7 @@ def task_key(task: Task) -> str:
         "weights": hash_weights(task.weights.state),
         "preprocessing": task.preprocessing.to_dict(),
         "precision": task.precision,
+        "class_weights": task.class_weights,
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

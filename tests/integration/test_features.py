@@ -46,9 +46,9 @@ def train_whole_loop(config, tmp_path):
     return model, fitted
 
 
-@pytest.mark.parametrize("num_views", [None, 2])
-def test_the_head_from_features_is_the_head_end_to_end(num_views, folder, tmp_path):
-    config = replace(CONFIG, data=str(folder), epochs=3, num_views=num_views)
+@pytest.mark.parametrize(("num_views", "class_weights"), [(None, "none"), (2, "cleaned=0.2,dirty=3")])
+def test_the_head_from_features_is_the_head_end_to_end(num_views, class_weights, folder, tmp_path):
+    config = replace(CONFIG, data=str(folder), epochs=3, num_views=num_views, class_weights=class_weights)
     model, fitted = train_whole_loop(config, tmp_path)
     trained = train_on(0, config, tmp_path)
     assert torch.allclose(trained.val_logits, fitted.val_logits, atol=1e-4)

@@ -58,6 +58,7 @@ def test_losses_follow_those_of_fp32(trainable, precision, epochs, in_fp32, tmp_
 def test_two_workers_train_the_model_of_one(trainable, precision, folder, tmp_path, local_ray):
     """Sums are rounded in another order, to 8 bits in bf16."""
     config = replace(CONFIG, data=str(folder), trainable=trainable, precision=precision, lr=1e-5, epochs=3)
+    config = replace(config, class_weights="cleaned=0.2,dirty=3")
     here, on_ray = (train_on(count, config, tmp_path / str(count)) for count in (0, 2))
     assert torch.allclose(losses_of(here), losses_of(on_ray), atol=0.02)
     assert torch.allclose(here.val_logits, on_ray.val_logits, atol=0.05)

@@ -69,8 +69,9 @@ def assert_same(one: Trained, other: Trained, tolerance: float) -> None:
 
 @pytest.mark.parametrize("trainable", ["head", "layer4", "all"])
 def test_the_same_model_on_0_1_and_2_workers(trainable, folder, tmp_path, local_ray):
-    """13 training images in batches of 6: the last batch has one image, so one of two workers has none."""
-    config = replace(CONFIG, data=str(folder), trainable=trainable, lr=1e-4)
+    """13 training images in batches of 6: the last batch has one image, so one of two workers has none. The classes
+    that a worker sees weigh other than those of the whole batch."""
+    config = replace(CONFIG, data=str(folder), trainable=trainable, lr=1e-4, class_weights="cleaned=0.2,dirty=3")
     here = train_on(0, config, tmp_path)
     counts = (1, 2) if trainable == "head" else (2,)
     for num_workers in counts:
@@ -139,11 +140,12 @@ def run_train(*flags: object) -> int:
 
 def test_a_run_writes_all_its_files_and_predict_repeats_them(folder, tmp_path, capsys):
     run, again = tmp_path / "run", tmp_path / "again"
-    assert run_train("--data", folder, "--out", run) == 0
+    assert run_train("--data", folder, "--out", run, "--class-weights", "auto") == 0
     assert {path.name for path in run.iterdir()} == RUN_FILES
     config = json.loads((run / "config.json").read_text())
     assert config["status"] == "finished"
     assert (config["backbone"], config["num_workers"], config["seed"]) == ("resnet18", 0, 0)
+    assert config["class_weights"] == pytest.approx({"cleaned": 13 / (2 * 7), "dirty": 13 / (2 * 6)})
     timing = pd.read_csv(run / "timing.csv")
     assert timing["rank"].isna().tolist() == [True, False]
     assert timing.loc[0, "total_s"] >= timing.loc[0, ["startup_s", "data_s", "train_s", "inference_s"]].sum() - 0.5
@@ -163,7 +165,7 @@ def test_a_run_writes_all_its_files_and_predict_repeats_them(folder, tmp_path, c
     )
 
     report = (run / "report.html").read_bytes()
-    assert run_train("--data", folder, "--out", run) == 2
+    assert run_train("--data", folder, "--out", run, "--class-weights", "auto") == 2
     assert "holds a finished run" in capsys.readouterr().err
     assert (run / "report.html").read_bytes() == report
 
@@ -201,6 +203,12 @@ def test_without_a_test_split_nothing_is_predicted(folder, tmp_path, capsys):
     assert run_train("--data", folder, "--out", tmp_path / "run") == 0
     assert "no test split" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / "run" / "predictions.csv").empty
+
+
+def test_weights_of_a_class_that_there_is_not_are_refused(folder, tmp_path, capsys):
+    assert run_train("--data", folder, "--out", tmp_path / "run", "--class-weights", "filthy=2") == 2
+    assert "--class-weights filthy=2: no class filthy among cleaned, dirty" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_other_classes_is_refused(folder, tmp_path, capsys):

@@ -12,7 +12,7 @@ MODEL = {
     "backbone", "weights", "trainable", "epochs", "lr", "step_size", "gamma", "global_batch_size", "image_size",
     "seed", "num_views",
 }  # fmt: skip
-SEEN = {"readout", "crop", "resize", "augment", "tta", "head"}
+SEEN = {"readout", "crop", "resize", "augment", "tta", "head", "class_weights"}
 
 FLAGS = {
     "prepare": DATA | {"num_workers", "seed"},
@@ -50,6 +50,11 @@ def test_the_defaults_are_the_published_recipe():
         ("--backbone", "timm/vit_tiny_patch16_224.none"), ("--tta", "0"), ("--readout", ""),
         ("--readout", "stage0/avg"), ("--readout", "last"), ("--readout", "pre/token"),
         ("--readout", "last/avg+last/avg"), ("--cache-gb", "-1"),
+        ("--class-weights", ""), ("--class-weights", "balanced"), ("--class-weights", "a=0"),
+        ("--class-weights", "a=-1"), ("--class-weights", "a=nan"), ("--class-weights", "a=inf"),
+        ("--class-weights", "a=1e7"), ("--class-weights", "a="), ("--class-weights", "=1"),
+        ("--class-weights", "a=1,"), ("--class-weights", "a=1,b"), ("--class-weights", "a=1,a=2"),
+        ("--class-weights", "a=1;b=2"), ("--class-weights", "a=1e"),
         ("--readout", "last/avg+"),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from torch.nn.functional import cross_entropy
 
 from plates.logistic import STRENGTHS as STRENGTHS_SEARCHED
-from plates.logistic import choose_strength, fit_logistic, logits_of_folds, mask_folds, temperature
+from plates.logistic import choose_strength, fit_logistic, logits_of_folds, mask_folds, solve_fold, temperature
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STRENGTHS = (0.01, 3.0, 0.1)  # in no order
@@ -30,15 +30,19 @@ def data(num_views=1, num_images=24, num_features=40, num_classes=2, seed=0):
     return features, labels, kept
 
 
-def fit_alone(features, labels, kept, strength):
+def fit_alone(features, labels, kept, strength, class_weights=None):
     """sklearn on standardised views of the kept images, each of weight 1/V; returns its pipeline.
 
-    sklearn's sum over images is N times the mean here; of two classes its weight is the difference of two."""
-    num_views, num_images = len(features), int(kept.sum())
+    sklearn's sum over images is as many times the mean here as they weigh; of two classes its weight is the
+    difference of two."""
+    class_weights = class_weights or [1.0] * (int(labels.max()) + 1)
+    num_views, total = len(features), float(torch.tensor(class_weights)[labels[kept]].sum())
     inputs = features[:, kept].flatten(0, 1).double().numpy()
     targets = labels[kept].repeat(num_views).numpy()
     factor = 2 if len(np.unique(targets)) == 2 else 1
-    model = LogisticRegression(C=factor / (strength * num_images), tol=1e-10, max_iter=10000, solver="newton-cg")
+    by_class = dict(enumerate(class_weights))
+    model = LogisticRegression(C=factor / (strength * total), tol=1e-10, max_iter=10000, solver="newton-cg",
+                               class_weight=by_class)  # fmt: skip
     pipeline = make_pipeline(StandardScaler(), model)
     pipeline.fit(inputs, targets, logisticregression__sample_weight=np.full(len(targets), 1 / num_views))
     return pipeline
@@ -88,6 +92,41 @@ def test_gradient_of_the_stated_objective_is_zero_by_autograd(num_features, num_
             assert weight.grad.abs().max() < 3e-7
             assert bias.grad.abs().max() < 3e-7
             assert bias.sum().abs() < 1e-5
+
+
+@pytest.mark.parametrize("class_weights", [(0.3, 1.0, 4.0), (5.0, 1e-3, 1.0)])
+def test_weighted_classes_equal_sklearn_and_have_no_gradient(class_weights):
+    """Of torch's weighted mean, which is divided by the summed weights. Views are standardised without any."""
+    features, labels, kept = data(3, 24, 30, 3)
+    weights, biases = fit_logistic(features, labels, 3, kept, STRENGTHS, class_weights)
+    direct = logits_of_folds(features, labels, 3, kept, STRENGTHS, features[0], class_weights)
+    for fold in range(3):
+        for place, strength in enumerate(STRENGTHS):
+            alone = fit_alone(features, labels, kept[fold], strength, class_weights)
+            expected = alone.predict_log_proba(features[0].double().numpy())
+            assert np.abs(log_softmax(direct[fold, place].numpy(), 1) - expected).max() < 2e-5
+            weight, bias, rows = standardised(features, weights[fold, place], biases[fold, place], kept[fold])
+            weight.requires_grad_()
+            bias.requires_grad_()
+            by_class = torch.tensor(class_weights, dtype=torch.float64)
+            loss = cross_entropy(rows @ weight.T + bias, labels[kept[fold]].repeat(3), by_class)
+            (loss + strength / 2 * weight.square().sum()).backward()
+            assert weight.grad.abs().max() < 3e-7
+            assert bias.grad.abs().max() < 3e-7
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_a_class_of_weight_2_is_as_its_images_twice(num_classes):
+    """Standardised inputs: without weights, images twice would change how they are standardised."""
+    features, labels, _ = data(num_classes=num_classes)
+    inputs, targets = features[0].double().numpy(), labels.numpy()
+    twice = np.concatenate([np.arange(24), np.flatnonzero(targets == 1)])
+    by_class, alike = np.array([1.0, 2.0, 1.0][:num_classes]), np.ones(num_classes)
+    weighted = solve_fold(inputs, targets, by_class, STRENGTHS, 24)
+    listed = solve_fold(inputs[twice], targets[twice], alike, STRENGTHS, len(twice))
+    for one, other in zip(weighted, listed, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert np.abs(weighted[0] - solve_fold(inputs, targets, alike, STRENGTHS, 24)[0]).max() > 1e-3
 
 
 def test_held_images_do_not_influence_a_fold():
@@ -233,8 +272,8 @@ def test_masks_are_those_of_the_folds():
     assert mask_folds([], 4).shape == (0, 4)
 
 
-def choose_alone(features, labels, evaluation, num_folds, seed):
-    """The strength and all held-out logits, by sklearn strength by strength."""
+def choose_alone(features, labels, evaluation, num_folds, seed, class_weights):
+    """The strength and all held-out logits, by sklearn strength by strength; held-out images count alike."""
     splitter = RepeatedStratifiedKFold(n_splits=num_folds, n_repeats=4, random_state=seed)
     found = {}
     for strength in STRENGTHS_SEARCHED:
@@ -242,9 +281,8 @@ def choose_alone(features, labels, evaluation, num_folds, seed):
         for train, held in splitter.split(labels, labels):
             kept = torch.zeros(len(labels), dtype=torch.bool)
             kept[torch.from_numpy(train)] = True
-            half = (
-                fit_alone(features, labels, kept, strength).decision_function(evaluation[held].double().numpy()) / 2
-            )
+            alone = fit_alone(features, labels, kept, strength, class_weights)
+            half = alone.decision_function(evaluation[held].double().numpy()) / 2
             logits.append(torch.from_numpy(np.stack([-half, half], 1)))
             targets.append(labels[held])
         found[strength] = torch.cat(logits), torch.cat(targets)
@@ -252,19 +290,19 @@ def choose_alone(features, labels, evaluation, num_folds, seed):
     return best, temperature(*found[best])
 
 
-@pytest.mark.parametrize("num_in_class", [12, 3])
-def test_the_strength_chosen_is_that_of_a_loop_with_sklearn(num_in_class):
+@pytest.mark.parametrize(("num_in_class", "class_weights"), [(12, None), (3, None), (3, (1.0, 6.0))])
+def test_the_strength_chosen_is_that_of_a_loop_with_sklearn(num_in_class, class_weights):
     """Five folds, or as many as the smallest class has images."""
     features, labels, _ = data(2, num_features=8, seed=1)
     features = features + 3 * torch.randn(features.shape, generator=torch.Generator().manual_seed(2))
     kept = torch.cat([torch.where(labels == 0)[0], torch.where(labels == 1)[0][:num_in_class]])
     features, labels = features[:, kept], labels[kept]
     evaluation = features.mean(0)
-    strength, heat = choose_strength(features, labels, 2, evaluation, seed=5)
-    expected, their_heat = choose_alone(features, labels, evaluation, min(5, num_in_class), seed=5)
+    strength, heat = choose_strength(features, labels, 2, evaluation, 5, class_weights)
+    expected, their_heat = choose_alone(features, labels, evaluation, min(5, num_in_class), 5, class_weights)
     assert strength == expected
     assert heat == pytest.approx(their_heat, rel=1e-3)
-    assert choose_strength(features, labels, 2, evaluation, seed=5) == (strength, heat)
+    assert choose_strength(features, labels, 2, evaluation, 5, class_weights) == (strength, heat)
     assert choose_strength(features, labels, 2, evaluation, seed=6)[1] != heat, "other folds"
 
 

@@ -17,7 +17,7 @@ from plates.sweep.scores import choose, make_folds
 pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = SAMPLES.labels
 FOLDS = make_folds(SAMPLES, CONFIG)
-NUM_VIEWS = 3
+NUM_VIEWS, ALIKE = 3, (1.0, 1.0)
 
 
 def made_pass() -> Pass:
@@ -30,13 +30,16 @@ def made_pass() -> Pass:
     return Pass({"image_size": 64, "crop": "none"}, features * 3 + 1, columns)
 
 
-def predict_alone(features: Tensor, evaluation: Tensor, train: np.ndarray, held: np.ndarray, strength: float):
+def predict_alone(
+    features: Tensor, evaluation: Tensor, train: np.ndarray, held: np.ndarray, strength: float, class_weights
+):
     """(n, 2) log-probabilities of held-out images by sklearn, as `plates.logistic` states its objective."""
     inputs = features[:, train].flatten(0, 1).double().numpy()
     mean, std = inputs.mean(0), inputs.std(0)
     targets = LABELS[train].repeat(len(features)).numpy()
-    solver = LogisticRegression(C=2 / (strength * len(inputs)), tol=1e-10, max_iter=10000, solver="newton-cg")
-    solver.fit((inputs - mean) / std, targets)
+    weights = np.array(class_weights)[targets]
+    solver = LogisticRegression(C=2 / (strength * weights.sum()), tol=1e-10, max_iter=10000, solver="newton-cg")
+    solver.fit((inputs - mean) / std, targets, weights)
     half = solver.decision_function((evaluation[held].double().numpy() - mean) / std) / 2
     return np.stack([-half, half], 1)
 
@@ -46,11 +49,11 @@ def losses_of(logits: np.ndarray, held: np.ndarray) -> np.ndarray:
     return -log_p[np.arange(len(held)), LABELS[held].numpy()]
 
 
-def search_alone(features: Tensor, evaluation: Tensor) -> dict:
+def search_alone(features: Tensor, evaluation: Tensor, class_weights) -> dict:
     """The same by brute force, fold by fold and strength by strength."""
 
     def score(fold, strength):
-        logits = predict_alone(features, evaluation, *fold, strength)
+        logits = predict_alone(features, evaluation, *fold, strength, class_weights)
         return logits, losses_of(logits, fold[1])
 
     by_strength = [[score(fold, strength)[1] for fold in FOLDS.repeated] for strength in STRENGTHS]
@@ -77,13 +80,14 @@ def search_alone(features: Tensor, evaluation: Tensor) -> dict:
             "nested_inner": nested_inner, "nested_outer": nested_outer}  # fmt: skip
 
 
-@pytest.mark.parametrize(("num_views", "tta"), [(3, 1), (3, 3)])
-def test_a_candidates_scores_are_those_of_a_search_by_brute_force(num_views, tta):
-    found = made_pass()
-    scored = score_readouts(found, num_views, LABELS, 2, FOLDS, most_tta=3)
+@pytest.mark.parametrize(("tta", "class_weights"), [(1, ALIKE), (3, ALIKE), (3, (0.2, 3.0))])
+def test_a_candidates_scores_are_those_of_a_search_by_brute_force(tta, class_weights):
+    """Classes count in training alone."""
+    found, num_views = made_pass(), 3
+    scored = score_readouts(found, num_views, LABELS, class_weights, FOLDS, most_tta=3)
     for readout, columns in found.columns.items():
         features = found.features[:num_views, :, columns]
-        expected = search_alone(features, features[:tta].mean(0))
+        expected = search_alone(features, features[:tta].mean(0), class_weights)
         ((settings, result),) = [one for one in scored if (one[0]["readout"], one[0]["tta"]) == (readout, tta)]
         assert settings["strength"] == expected["strength"]
         assert result.log_loss == pytest.approx(expected["log_loss"], abs=1e-5)
@@ -99,7 +103,7 @@ def test_a_candidates_scores_are_those_of_a_search_by_brute_force(num_views, tta
 
 def test_the_strengths_differ_so_that_the_choice_is_tested():
     found = made_pass()
-    scored = score_readouts(found, 3, LABELS, 2, FOLDS, most_tta=3)
+    scored = score_readouts(found, 3, LABELS, ALIKE, FOLDS, most_tta=3)
     assert len({settings["strength"] for settings, _ in scored}) > 1
     assert any(STRENGTHS[0] < settings["strength"] < STRENGTHS[-1] for settings, _ in scored)
 
@@ -108,7 +112,7 @@ def test_the_strengths_differ_so_that_the_choice_is_tested():
     ("num_views", "most_tta", "ttas"), [(1, 8, [1]), (3, 1, [1]), (3, 8, [1, 3]), (3, 2, [1, 2])]
 )
 def test_the_candidates_of_a_pass(num_views, most_tta, ttas):
-    scored = score_readouts(made_pass(), num_views, LABELS, 2, FOLDS, most_tta)
+    scored = score_readouts(made_pass(), num_views, LABELS, ALIKE, FOLDS, most_tta)
     assert [(settings["readout"], settings["tta"]) for settings, _ in scored] == [
         (readout, tta) for readout in ("last/avg", "pre/max") for tta in ttas
     ]

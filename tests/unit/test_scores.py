@@ -15,13 +15,14 @@ from plates.sweep.head_trials import HeadSweep, score_schedule
 from plates.sweep.scores import TrialResult, make_folds, paired_difference, score_trial, summarize, tabulate_trials
 
 
-def make_sweep() -> HeadSweep:
+def make_sweep(class_weights: tuple[float, ...] = (1.0, 1.0)) -> HeadSweep:
     generator = torch.Generator().manual_seed(0)
     labels = SAMPLES.labels
     val = torch.randn(16, 6, generator=generator) + labels[:, None] * 0.8
     train = val + 0.1 * torch.randn(5, 16, 6, generator=generator)
     initial = (torch.zeros(2, 6), torch.zeros(2))
-    return HeadSweep(train, val, labels, initial, make_folds(SAMPLES, CONFIG), draw_schedules(CONFIG), CONFIG)
+    settings = (make_folds(SAMPLES, CONFIG), draw_schedules(CONFIG), CONFIG, class_weights)
+    return HeadSweep(train, val, labels, initial, *settings)
 
 
 def test_both_ways_of_training_score_alike():
@@ -74,15 +75,17 @@ def test_too_many_folds_are_refused():
         make_folds(SAMPLES, TuneConfig(folds=8))
 
 
-def test_a_score_is_what_plain_heads_give_fold_by_fold():
-    sweep = make_sweep()
+@pytest.mark.parametrize("class_weights", [(1.0, 1.0), (0.2, 3.0)])
+def test_a_score_is_what_plain_heads_give_fold_by_fold(class_weights):
+    """Classes count in training alone."""
+    sweep = make_sweep(class_weights)
     schedule = sweep.schedules[1]
     result = score_schedule(sweep, schedule)
     losses = torch.zeros(2, 16)
     for index, (train, held) in enumerate(sweep.folds.repeated):
         heads = fit_heads(
             sweep.train, sweep.labels, [HeadSettings(**schedule, indices=train.tolist())], sweep.initial,
-            epochs=5, global_batch_size=8, seed=0,
+            epochs=5, global_batch_size=8, seed=0, class_weights=class_weights,
         )  # fmt: skip
         logits = heads.logits(sweep.val)[0][held]
         losses[index // 3, held] = cross_entropy(logits, sweep.labels[held], reduction="none")

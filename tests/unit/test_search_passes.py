@@ -149,7 +149,7 @@ def make_sweep(task: Task) -> HeadSweep:
     found = Pass({"image_size": 32, "crop": "none"}, features, {"last/avg": slice(0, 4), "last/max": slice(4, 9)})
     initial = (torch.zeros(2, 9), torch.zeros(2))
     folds = make_folds(task.dataset.train, CONFIG)
-    return HeadSweep(train, val, labels, initial, folds, draw_schedules(CONFIG), CONFIG, [found])
+    return HeadSweep(train, val, labels, initial, folds, draw_schedules(CONFIG), CONFIG, (0.4, 2.0), [found])
 
 
 LOGISTIC = {"head": "logistic", "image_size": 32, "crop": "none", "num_views": 2, "readout": "last/max", "tta": 2,
@@ -172,13 +172,13 @@ def test_a_logistic_winner_is_fitted_on_all_and_calibrated_on_what_was_held_out(
     winner = fit_winner(sweep, sweep.passes[0], LOGISTIC)
     features = sweep.passes[0].features[:2, :, 4:9]
     everything = torch.ones(1, 12, dtype=torch.bool)
-    weight, bias = fit_logistic(features, sweep.labels, 2, everything, [0.3])
+    weight, bias = fit_logistic(features, sweep.labels, 2, everything, [0.3], (0.4, 2.0))
     check_calibrated(winner, weight[0, 0], bias[0, 0], sweep.labels)
     assert winner.held_out.shape == (2, 12, 2)
     for fold, (kept, held) in enumerate(sweep.folds.repeated):
         mask = torch.zeros(1, 12, dtype=torch.bool)
         mask[0, kept] = True
-        weight, bias = fit_logistic(features, sweep.labels, 2, mask, [0.3])
+        weight, bias = fit_logistic(features, sweep.labels, 2, mask, [0.3], (0.4, 2.0))
         logits = features.mean(0)[held] @ weight[0, 0].T + bias[0, 0]
         torch.testing.assert_close(winner.held_out[fold // 2, held], logits, atol=1e-4, rtol=0)
     assert winner.history["epoch"].tolist() == [0]

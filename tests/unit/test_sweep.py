@@ -59,6 +59,7 @@ def make_task(run: Path, config: TuneConfig = CONFIG) -> Task:
         run,
         run,
         0.0,
+        (0.5, 3.0),
     )
 
 
@@ -94,6 +95,7 @@ def test_the_state_of_a_sweep_is_that_of_the_same_images_labels_weights_and_sett
         {"weights": replace(task.weights, backbone="efficientnet_lite0")},
         {"preprocessing": replace(task.preprocessing, image_size=96)},
         {"config": replace(CONFIG, folds=4)},
+        {"class_weights": (0.5, 2.0)},
     ):
         assert task_key(replace(task, **change)) != key, change
     for config in (
@@ -126,6 +128,7 @@ def test_a_folds_state_is_gone_once_its_score_is_known_and_the_score_is_not_comp
     def train_and_store(loop, fold, plan):
         fold.run.mkdir(parents=True)
         (fold.run / "large").write_bytes(b"state")
+        assert fold.class_weights == task.class_weights, "those of all images"
         return train_fold([1.0])(loop, fold, plan)
 
     monkeypatch.setattr(training_trials, "run_loop", train_and_store)

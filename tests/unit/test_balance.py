@@ -9,7 +9,7 @@ from plates.config import UserError
 from plates.dataset import Dataset, Samples
 from plates.sources import SyntheticSource
 
-CLASSES = ("a=1,b", "clean", "dirty")  # folders may be called so
+CLASSES = ("a=b,c", "clean", "dirty")  # folders may be called so
 COUNTS = (1, 7, 3)
 
 
@@ -34,15 +34,15 @@ def test_auto_is_what_scikit_learn_calls_balanced():
         ("none", (1, 1, 1)),
         ("dirty=2.5", (1, 1, 2.5)),
         ("dirty=1e-3,clean=4", (1, 4, 1e-3)),
-        ("a=1,b=3", (3, 1, 1)),
-        ("clean=2,a=1,b=.5,dirty=7", (0.5, 2, 7)),
+        ("a=b,c=3", (3, 1, 1)),
+        ("clean=2,a=b,c=.5,dirty=7", (0.5, 2, 7)),
     ],
 )
 def test_weights_are_given_by_name_and_the_others_are_1(given, weights):
     assert weigh_classes(given, make_dataset()) == weights
 
 
-@pytest.mark.parametrize("given", ["filthy=2", "dirty=2,filthy=2", "dirty =2"])
+@pytest.mark.parametrize("given", ["filthy=2", "dirty=2,filthy=2", "dirty =2", "clean=1;dirty=2"])
 def test_a_class_that_there_is_not_is_refused(given):
-    with pytest.raises(UserError, match=f"--class-weights {given}: no class .* among a=1,b, clean, dirty"):
+    with pytest.raises(UserError, match=f"--class-weights {given}: no class .* among a=b,c, clean, dirty"):
         weigh_classes(given, make_dataset())

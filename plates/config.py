@@ -29,8 +29,10 @@ EXIT_OK, EXIT_FAILED, EXIT_USER_ERROR, EXIT_SOME_UNREADABLE = 0, 1, 2, 3
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
     data: str = "synthetic"
-    """Images: synthetic[:N[:easy|hard]] (N drawn plates, easy by default), a folder with train/CLASS/*, optional
-    val/CLASS/*, test/**, one that plates prepare packed, or a URI (s3://, gs://) of either."""
+    """Images: synthetic[:N[:easy|hard]] (N drawn plates, easy by default); a folder with train/CLASS/*, optional
+    val/CLASS/*, test/** (scored where it is test/CLASS/*); a .zip of one; kaggle:NAME (a competition) or
+    kaggle:OWNER/NAME (a data set); a .csv or .parquet table of path,label[,split]; or Parquet shards, of plates
+    prepare or Hugging Face. Places are paths or URIs (s3://, gs://)."""
     out: str | None = None
     """Run directory [default: runs/JOB-TIME]. A finished or a different run in it is never overwritten."""
     skip_unreadable: bool = False

@@ -1,85 +1,31 @@
 """Data sets: what --data names, as splits of (path, label)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import overload
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow.compute import equal, index_in  # pyright: ignore[reportAttributeAccessIssue]
+from pyarrow.compute import index_in  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 from tqdm import tqdm
 
 from plates import synthetic
+from plates.archives import download, unpack
 from plates.config import UserError
 from plates.device import num_usable_cpus
-from plates.folders import find_images, find_root, look_into, printable
+from plates.folders import find_data, find_images, look_into, printable, tell_left_out
 from plates.images import IMAGE_SUFFIXES, UnreadableImageError
-from plates.rules import Difficulty, parse_drawn
-from plates.shards import INDEX_FILE, read_index
+from plates.rules import DATA_KINDS, Difficulty, parse_drawn
+from plates.samples import SAMPLES_PER_BATCH, Samples, split_every_sixth
+from plates.shards import SPLITS, read_index
 from plates.sources import FolderSource, ShardSource, Source, SyntheticSource, synthetic_identity
 from plates.storage import Place, place_of
+from plates.tables import read_table, split_table
 
-VALIDATION_EVERY = 6  # the published split: every sixth image
-SAMPLES_PER_BATCH = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image: its path as the user knows it, and its class index; None where it is not known."""
-
-    path: str
-    label: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Samples(Sequence[Sample]):
-    """The images of a split as columns, for a million of them to fit beside a model."""
-
-    table: pa.Table  # path (string), label (int32 or null), digest (the image's SHA-256, null until it is known)
-
-    @classmethod
-    def of(cls, paths: Sequence[str] = (), labels: Iterable[int | None] | None = None) -> "Samples":
-        known = pa.nulls(len(paths), pa.int32()) if labels is None else pa.array(labels, pa.int32())
-        digests = pa.nulls(len(paths), pa.binary(32))
-        return cls(pa.table({"path": pa.array(paths, pa.string()), "label": known, "digest": digests}))
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Samples": ...
-    def __getitem__(self, index: int | slice) -> "Sample | Samples":
-        if isinstance(index, slice):
-            return self.take(range(*index.indices(len(self))))
-        return Sample(self.table["path"][index].as_py(), self.table["label"][index].as_py())
-
-    def __iter__(self) -> Iterator[Sample]:
-        for batch in self.table.to_batches(max_chunksize=SAMPLES_PER_BATCH):
-            yield from map(Sample, batch["path"].to_pylist(), batch["label"].to_pylist())
-
-    def __eq__(self, other: object) -> bool:
-        """Of paths and labels."""
-        return isinstance(other, Samples) and [*self] == [*other]
-
-    def take(self, indices: Iterable[int]) -> "Samples":
-        return Samples(self.table.take(pa.array(indices, pa.int64())).combine_chunks())
-
-    def where(self, is_kept: Sequence[bool] | np.ndarray) -> "Samples":
-        return Samples(self.table.filter(pa.array(is_kept, pa.bool_())).combine_chunks())
-
-    def with_digests(self, digests: Sequence[bytes | None]) -> "Samples":
-        return Samples(self.table.set_column(2, "digest", pa.array(digests, pa.binary(32))))
-
-    @property
-    def labels(self) -> Tensor:
-        """(N,) int64, of images that all have one."""
-        return torch.from_numpy(self.table["label"].to_numpy().astype(np.int64))
+MAX_NESTED = 3  # archives, one in another
 
 
 @dataclass(frozen=True)
@@ -91,83 +37,108 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples by split, in path order. Labels of the test split, where there are any, are for its score alone."""
+    """Samples by split, in path order or, of shards, as they are stored. Labels of the test split, where there are
+    any, are for its score alone; `left_out` tells in one line what was not looked at, if anything."""
 
     source: Source
     classes: tuple[str, ...]
     train: Samples
     val: Samples
     test: Samples
+    left_out: str = ""
 
     def read_picture(self, path: str) -> np.ndarray:
         """(H, W, 3) uint8, for people. Raises: UnreadableImageError."""
         return self.source.read(path).permute(1, 2, 0).numpy()
 
 
-def load_dataset(data: str, seed: int, *, needs_train: bool = True) -> Dataset:
-    """Lists the data set that --data names; no image is read. Raises: UserError naming what is missing in it."""
+def load_dataset(data: str, seed: int, *, needs_train: bool = True, known: tuple[str, ...] = ()) -> Dataset:
+    """Lists the data set that --data names; no image is read.
+
+    known: the classes that a test split without training images may have labels of.
+    Raises: UserError naming what is missing in it.
+    """
     if drawn := parse_drawn(data):
         return list_synthetic(*drawn, seed)
-    folder = place_of("--data", data)
+    place = download(data) if data.startswith("kaggle:") else place_of("--data", data)
+    left_out: Counter[str] = Counter()
     try:
-        if (folder / INDEX_FILE).exists():
-            return list_prepared(folder)
-        root = find_root(folder)
-        if root and (root / "train").is_dir():
-            return list_folder(root)
-        if needs_train:
-            raise UserError(f"--data {folder}: holds no train/ folder; expected train/CLASS/*.jpg")
-        top = root or folder
-        test = find_images(top / "test" if root else top, top)
-    except OSError as error:  # a folder that may not be listed, or a store that does not answer
+        dataset = list_place(place, needs_train, known, left_out)
+    except UserError as error:
+        if data in str(error):
+            raise
+        raise UserError(f"--data {data}: in {str(error).removeprefix('--data ')}") from error  # unpacked somewhere
+    except (OSError, pa.ArrowInvalid) as error:  # a folder that may not be listed, or a store that does not answer
         raise UserError(f"--data {data}: cannot be listed ({error})") from error
+    return replace(dataset, left_out=tell_left_out(left_out))
+
+
+def load_test_split(data: str, seed: int, known: tuple[str, ...] = ()) -> Dataset:
+    """The test split alone, for a checkpoint of these classes: test/** of a data set, or every image of a folder."""
+    return load_dataset(data, seed, needs_train=False, known=known)
+
+
+def list_place(place: Place, needs_train: bool, known: tuple[str, ...], left_out: Counter[str]) -> Dataset:
+    kind, found = find_data(place, needs_train)
+    for _ in range(MAX_NESTED):
+        if kind == "archive":
+            kind, found = find_data(unpack(found, left_out), needs_train)
+    if kind == "table":
+        return Dataset(FolderSource(found.parent), *split_table(found, read_table(found), needs_train, known))
+    if kind == "shards":
+        index = read_index(found)
+        located = index.drop_columns(["label", "split"]).sort_by("path").combine_chunks()
+        source = ShardSource(found if found.is_dir() else found.parent, located)
+        return Dataset(source, *split_table(found, index, needs_train, known))
+    if kind == "splits" and (found / "train").is_dir():
+        return list_folder(found, left_out)
+    if needs_train or kind == "archive":
+        raise UserError(f"--data {place}: holds no train/ folder; expected train/CLASS/*.jpg, or give {DATA_KINDS}")
+    test = list_test(found / "test" if kind == "splits" else found, found, known, left_out)
     if not test:
-        raise UserError(f"--data {data}: holds no images to predict ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return Dataset(FolderSource(top), (), Samples.of(), Samples.of(), Samples.of(test))
+        raise UserError(f"--data {place}: holds no images to predict ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return Dataset(FolderSource(found), (), Samples.of(), Samples.of(), test)
 
 
-def load_test_split(data: str, seed: int) -> Dataset:
-    """The test split alone, for a checkpoint: test/** of a data set, or every image of a plain folder."""
-    return load_dataset(data, seed, needs_train=False)
-
-
-def list_folder(root: Place) -> Dataset:
-    by_class = images_by_class(root, "train")
+def list_folder(root: Place, left_out: Counter[str]) -> Dataset:
+    folders, images, _ = look_into(root, left_out)
+    left_out["image(s) in no split"] += len(images)
+    left_out["other folder(s)"] += sum(folder.name not in SPLITS for folder in folders)
+    by_class = images_by_class(root, "train", left_out)
     classes = tuple(by_class)
     if len(classes) < 2:
         raise UserError(f"--data {root}: train/ holds {len(classes)} class folders; at least 2 are needed")
-    has_val = (root / "val").is_dir()
+    held_out = [folder.name for folder in folders if SPLITS.get(folder.name) == "val"]
+    if len(held_out) > 1:
+        raise UserError(f"--data {root}: {' and '.join(held_out)} are names of one split; keep one of them")
     for name, paths in by_class.items():
         if not paths:
             raise UserError(f"--data {root}: train/{name} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        if len(paths) < 2 and not has_val:
+        if len(paths) < 2 and not held_out:
             raise UserError(f"--data {root}: train/{name} holds 1 image; the split needs at least 2 a class")
-    if has_val:
-        train, val = by_class, images_by_class(root, "val")
-        unknown = [name for name in val if name not in by_class]
+    train = label(by_class, classes)
+    if held_out:
+        by_class = images_by_class(root, held_out[0], left_out)
+        unknown = [name for name in by_class if name not in classes]
         if unknown:
-            raise UserError(f"--data {root}: val/{unknown[0]} is not a class of train/ ({', '.join(classes)})")
-        if not any(val.values()):
-            raise UserError(f"--data {root}: val/ holds no images; fill it, or remove it to split train/")
+            raise UserError(
+                f"--data {root}: {held_out[0]}/{unknown[0]} is not a class of train/ ({', '.join(classes)})"
+            )
+        if not any(by_class.values()):
+            raise UserError(f"--data {root}: {held_out[0]}/ holds no images; fill it, or remove it to split train/")
+        val = label(by_class, classes)
     else:
-        train, val = split_every_sixth(by_class)
-    test = Samples.of(find_images(root / "test", root))
-    return Dataset(FolderSource(root), classes, label(train, classes), label(val, classes), test)
+        train, val = split_every_sixth(train)
+    return Dataset(FolderSource(root), classes, train, val, list_test(root / "test", root, classes, left_out))
 
 
-def images_by_class(root: Place, split: str) -> dict[str, list[str]]:
-    folders, _ = look_into(root / split)
+def images_by_class(root: Place, split: str, left_out: Counter[str]) -> dict[str, list[str]]:
+    folders, images, _ = look_into(root / split, left_out)
+    left_out["image(s) in no class folder"] += len(images)
     for child in folders:
         if printable(child.name) != child.name:
             raise UserError(f"--data {root}: {split}/{printable(child.name)}: a class must have a name in UTF-8")
-    return {child.name: find_images(child, root) for child in folders}
-
-
-def split_every_sixth(by_class: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """(train, val): of each class's sorted images every sixth, the first included, is held out."""
-    val = {name: paths[::VALIDATION_EVERY] for name, paths in by_class.items()}
-    train = {name: [p for i, p in enumerate(paths) if i % VALIDATION_EVERY] for name, paths in by_class.items()}
-    return train, val
+    return {child.name: find_images(child, root, left_out) for child in folders}
 
 
 def label(by_class: dict[str, list[str]], classes: tuple[str, ...]) -> Samples:
@@ -176,23 +147,22 @@ def label(by_class: dict[str, list[str]], classes: tuple[str, ...]) -> Samples:
     return Samples.of(paths, [labels[path] for path in paths])
 
 
-def list_prepared(folder: Place) -> Dataset:
-    """What `plates prepare` packed, with its splits as they were made then."""
-    classes, index = read_index(folder)
-    labels = index_in(index["label"], value_set=pa.array(classes, pa.string()))
-    samples = Samples(index.select(["path", "digest"]).add_column(1, "label", labels))
-    splits = (samples.where(equal(index["split"], split).to_numpy()) for split in ("train", "val", "test"))
-    return Dataset(ShardSource(folder, index.drop_columns(["label", "split"])), classes, *splits)
+def list_test(folder: Place, root: Place, classes: tuple[str, ...], left_out: Counter[str]) -> Samples:
+    """Its images, with labels for their score where each lies in a folder of a class's name."""
+    paths = find_images(folder, root, left_out)
+    depth, numbers = int(folder != root), {name: number for number, name in enumerate(classes)}
+    labels = [numbers.get(path.split("/", depth + 1)[depth]) for path in paths]
+    return Samples.of(paths, None if None in labels else labels)
 
 
 def list_synthetic(num_labelled: int, difficulty: Difficulty, seed: int) -> Dataset:
     """`num_labelled` drawings in train/ with the classes in turn, and as many again in test/."""
     classes = synthetic.CLASSES
     paths = [f"train/{classes[index % len(classes)]}/{index:06d}.png" for index in range(num_labelled)]
-    train, val = split_every_sixth({name: paths[number :: len(classes)] for number, name in enumerate(classes)})
+    labelled = label({name: paths[number :: len(classes)] for number, name in enumerate(classes)}, classes)
     test = sorted(f"test/{index:06d}.png" for index in range(num_labelled, 2 * num_labelled))
     kept_aside = [int(synthetic_identity(seed, path)[1]) for path in test]
-    splits = (label(train, classes), label(val, classes), Samples.of(test, kept_aside))
+    splits = (*split_every_sixth(labelled), Samples.of(test, kept_aside))
     return Dataset(SyntheticSource(seed, difficulty), classes, *splits)
 
 
@@ -267,5 +237,9 @@ def leave_out(dataset: Dataset, skipped: Sequence[Skipped], skip_unreadable: boo
 
 def merge_labelled(dataset: Dataset) -> Dataset:
     """Both splits with all labelled images: cross-validation draws its own splits."""
-    labelled = Samples(pa.concat_tables([dataset.train.table, dataset.val.table]).sort_by("path").combine_chunks())
+    both = (dataset.train, dataset.val)
+    merged = pa.concat_tables([samples.table for samples in both])
+    if all(samples.is_in_path_order for samples in both):  # else of shards, to be read as they are stored
+        merged = merged.sort_by("path")
+    labelled = Samples(merged.combine_chunks())
     return replace(dataset, train=labelled, val=labelled)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,21 +11,19 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
-import platformdirs
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from plates import backbones, device, folding, foreground, images, model, readouts, transforms
 from plates.backbones import OWN_READOUT
-from plates.dataset import Samples
 from plates.device import DTYPES, find_batch_size, move, read_behind
 from plates.folding import fast_trunk
 from plates.images import UnreadableImageError, prefetch
 from plates.model import hash_weights
 from plates.readouts import read_out
+from plates.samples import Samples
 from plates.sources import Source
-from plates.storage import Place, place_of
 from plates.store import KEY_TYPE
 from plates.timing import Pace
 from plates.transforms import EVAL, Preprocessing, cut_background, find_view, make_views, to_input
@@ -80,11 +77,6 @@ def row_keys(samples: Samples, views: Sequence[int], drawing: Drawing) -> pa.Arr
         columns = (samples.table[name].to_pylist() for name in ("digest", "path"))
         names = (name_view(digest, path, view) for digest, path in zip(*columns, strict=True) for view in views)
     return pa.array((hashlib.blake2b(name, digest_size=16).digest() for name in names), KEY_TYPE)
-
-
-def cache_root() -> Place:
-    """PLATES_CACHE, a path or a URI, else the user's cache folder; absolute, since workers run elsewhere."""
-    return place_of("PLATES_CACHE", os.environ.get("PLATES_CACHE") or platformdirs.user_cache_dir("plates"))
 
 
 class FrozenTrunk:

@@ -15,11 +15,11 @@ from plates.cluster import Plan, plan_job
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PredictConfig, TrainConfig, UserError
 from plates.dataset import Dataset, Skipped
 from plates.device import decide_precision
-from plates.features import cache_root
 from plates.model import Weights, assemble, preprocessing_of
 from plates.predict import print_skipped, tabulate_predictions, write_predictions
 from plates.preflight import check_nodes
 from plates.report import summary_table, write_report
+from plates.storage import cache_root
 from plates.store import limit_size
 from plates.timing import Phases, process_age_s, timing_table
 from plates.train_loop import draw_examples
@@ -94,7 +94,7 @@ def start(
     if training.class_weights != "none":
         resolved["class_weights"] = dict(zip(dataset.classes, class_weights, strict=True))
     rundir.claim_run(run, job, config, resolved)
-    print("\n".join(filter(None, [weights.reason, plan.line, *resolved["notes"]])), flush=True)
+    print("\n".join(filter(None, [dataset.left_out, weights.reason, plan.line, *resolved["notes"]])), flush=True)
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     task = make_task(training, dataset, weights, preprocessing, precision, run)
     return Started(task, plan, skipped, resolved, phases)

@@ -1,5 +1,8 @@
 """Counts summed over images and workers, then divided: exact whatever the number of workers."""
 
+from typing import Any, cast
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +29,8 @@ def divide(sums: Tensor) -> tuple[float, float]:
 
 
 def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...], split: str) -> dict[str, float | int]:
-    """Flat figures of a split: SPLIT/loss, /accuracy, /num_images and /confusion/TRUE/PREDICTED counts above 0.
+    """Flat figures of a split: SPLIT/loss, /accuracy, /num_images, /confusion/TRUE/PREDICTED counts above 0, and of
+    each class /precision/CLASS, /recall/CLASS and /f1/CLASS, not a number where there is nothing to divide by.
 
     Args:
         logits: (N, C) float, or log-probabilities; N >= 1.
@@ -37,6 +41,14 @@ def score(logits: Tensor, labels: Tensor, classes: tuple[str, ...], split: str) 
     pairs, counts = torch.stack([labels, logits.argmax(1)], dim=1).unique(dim=0, return_counts=True)
     for (true, predicted), count in zip(pairs.tolist(), counts.tolist(), strict=True):
         figures[f"{split}/confusion/{classes[true]}/{classes[predicted]}"] = count
+    # Takes a second, which the driver of a run has when its models are trained.
+    from sklearn.metrics import precision_recall_fscore_support
+
+    by_class: Any = precision_recall_fscore_support(
+        labels.numpy(), logits.argmax(1).numpy(), labels=range(len(classes)), zero_division=cast(Any, np.nan)
+    )
+    for figure, values in zip(("precision", "recall", "f1"), by_class, strict=False):  # the last is their support
+        figures |= {f"{split}/{figure}/{name}": float(value) for name, value in zip(classes, values, strict=True)}
     return figures
 
 

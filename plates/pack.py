@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import pandas as pd
-import pyarrow as pa
 from tqdm import tqdm
 
 from plates.cluster import Plan, find_room
@@ -14,7 +13,7 @@ from plates.dataset import Dataset, Skipped, leave_out
 from plates.device import CPU
 from plates.images import UnreadableImageError, prefetch
 from plates.rundir import write_json
-from plates.shards import FORMAT, IMAGES_PER_SHARD, INDEX_FILE, write_shard
+from plates.shards import FILE_NAMES, FORMAT, IMAGES_PER_SHARD, INDEX_FILE, schema_of, write_shard
 from plates.sources import Source
 from plates.storage import Place, remove_tree
 
@@ -29,9 +28,9 @@ def pack(dataset: Dataset, plan: Plan, folder: Place, skip_unreadable: bool) -> 
     counts: Counter[str] = Counter()
     skipped: list[Skipped] = []
     if plan.num_workers:
-        results = pack_on_ray(dataset.source, shards, plan, folder)
+        results = pack_on_ray(dataset, shards, plan, folder)
     else:
-        results = (pack_shard(shard, dataset.source, folder) for shard in shards)
+        results = (pack_shard(shard, dataset.source, dataset.classes, folder) for shard in shards)
     with tqdm(total=sum(map(len, shards)), desc="packing", unit="image") as bar:
         for packed in results:
             is_read = packed["error"] == ""
@@ -51,32 +50,36 @@ def pack(dataset: Dataset, plan: Plan, folder: Place, skip_unreadable: bool) -> 
 
 
 def list_shards(dataset: Dataset) -> Iterator[pd.DataFrame]:
-    """A table of path, label, split and shard for each shard to be: images of one split, in path order."""
+    """A table of path, label, split and shard for each shard to be: images of one split, in their order."""
     for split, samples in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
-        for index, start in enumerate(range(0, len(samples), IMAGES_PER_SHARD)):
+        starts = range(0, len(samples), IMAGES_PER_SHARD)
+        for index, start in enumerate(starts):
             listed = [*samples[start : start + IMAGES_PER_SHARD]]
-            labels = [None if sample.label is None else dataset.classes[sample.label] for sample in listed]
+            labels = [-1 if sample.label is None else sample.label for sample in listed]
             columns = {"path": [sample.path for sample in listed], "label": labels, "split": split}
-            yield pd.DataFrame({**columns, "shard": f"{split}-{index:05d}.parquet"})
+            name = f"{FILE_NAMES[split]}-{index:05d}-of-{len(starts):05d}.parquet"
+            yield pd.DataFrame({**columns, "shard": name})
 
 
-def pack_shard(shard: pd.DataFrame, source: Source, folder: Place) -> pd.DataFrame:
+def pack_shard(shard: pd.DataFrame, source: Source, classes: tuple[str, ...], folder: Place) -> pd.DataFrame:
     """Reads, checks and writes a shard's images; a table of path, split and error, empty where all is well."""
     errors: dict[str, str] = {}
 
     def load(row: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            return row | {"sha256": source.check(row["path"]).hex(), "image": source.read_bytes(row["path"])}
+            digest, image = source.check(row["path"]).hex(), source.read_bytes(row["path"])
+            return {"image": {"bytes": image, "path": row["path"]}, "label": row["label"], "sha256": digest}
         except UnreadableImageError as error:
             errors[row["path"]] = str(error)
 
-    rows = pa.Table.from_pandas(shard, preserve_index=False).to_pylist()  # a missing label as None
-    loaded = prefetch(load, rows, num_ahead=8, device=CPU)
-    write_shard(folder / str(shard["shard"].iloc[0]), (row for row in loaded if row is not None))
+    listed: list[Any] = shard.to_dict("records")
+    loaded = prefetch(load, listed, num_ahead=8, device=CPU)
+    rows = (row for row in loaded if row is not None)
+    write_shard(folder / str(shard["shard"].iloc[0]), schema_of(classes), rows)
     return shard[["path", "split"]].assign(error=[errors.get(path, "") for path in shard["path"]])
 
 
-def pack_on_ray(source: Source, shards: list[pd.DataFrame], plan: Plan, folder: Place) -> Iterator[pd.DataFrame]:
+def pack_on_ray(dataset: Dataset, shards: list[pd.DataFrame], plan: Plan, folder: Place) -> Iterator[pd.DataFrame]:
     """One task a shard, as many at a time as the plan has workers."""
     import ray.data
 
@@ -84,7 +87,7 @@ def pack_on_ray(source: Source, shards: list[pd.DataFrame], plan: Plan, folder: 
     ray.data.DataContext.get_current().enable_progress_bars = False  # the driver's tqdm shows it
     packed = ray.data.from_pandas(shards).map_batches(
         cast(Any, pack_shard),
-        fn_kwargs={"source": source, "folder": folder},
+        fn_kwargs={"source": dataset.source, "classes": dataset.classes, "folder": folder},
         batch_size=None,
         batch_format="pandas",
         num_cpus=plan.cpus_per_worker,

@@ -17,9 +17,10 @@ from torchvision.transforms import v2
 
 from plates import metrics
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, NUM_PUBLISHED_EPOCHS
-from plates.dataset import Dataset, Sample, check_dataset, in_threads, load_dataset
+from plates.dataset import Dataset, check_dataset, in_threads, load_dataset
 from plates.device import num_usable_cpus
 from plates.model import Weights, build_classifier, preprocessing_of, set_trainable
+from plates.samples import Sample
 from plates.sources import Source
 from plates.timing import Pace, device_name, process_age_s, synchronize
 from plates.weights import resolve_weights

@@ -9,11 +9,19 @@ Difficulty = Literal["easy", "hard"]
 
 DEFAULT_NUM_SYNTHETIC = 40  # as many labelled images as the published data set
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # of a class: 32-bit floats have room for their quotients
+KAGGLE = r"kaggle:[\w-]+(/[\w-]+)?"
 READOUT = r"last/(avg|max|token|patches)|(pre|stage[1-9]\d*)/(avg|max)"
 
 
 class UserError(Exception):
     """A mistake that the user can mend: its message names the setting, its value and the rule."""
+
+
+# All that --data may name.
+DATA_KINDS = (
+    "synthetic[:N[:easy|hard]], a folder with train/CLASS/*, a .zip of one, kaggle:NAME, kaggle:OWNER/NAME, "
+    "a .csv or .parquet table of path,label[,split], or a folder of Parquet shards"
+)
 
 
 def is_drawn(data: str) -> bool:
@@ -50,11 +58,16 @@ AT_LEAST_1 = ("cpus_per_worker", "epochs", "step_size", "global_batch_size", "nu
               "repeats", "tta", "budget_s")  # fmt: skip
 # By setting, in whichever job it is: what its value must be, unless it is None, and what is said where it is not.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("data", bool, "give synthetic, synthetic:N or a folder"),
+    ("data", bool, f"give {DATA_KINDS}"),
     (
         "data",
         lambda data: not is_drawn(data) or parse_drawn(data) is not None,
         "drawn plates are synthetic[:N[:easy|hard]], N a whole number of at least 4",
+    ),
+    (
+        "data",
+        lambda data: not data.startswith("kaggle:") or bool(re.fullmatch(KAGGLE, data)),
+        "give kaggle:NAME of a competition or kaggle:OWNER/NAME of a data set, as in its address",
     ),
     ("out", bool, "give a directory, or leave the flag out"),
     ("checkpoint", bool, "give RUN/checkpoint"),

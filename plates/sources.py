@@ -1,4 +1,4 @@
-"""Where the pixels of a data set are: folders of images, prepared shards, drawings."""
+"""Where the pixels of a data set are: folders of images, Parquet shards, drawings."""
 
 import bisect
 import functools
@@ -65,9 +65,9 @@ class FolderSource(Source):
 
 @dataclass(frozen=True)
 class ShardSource(Source):
-    """Images of prepared shards, found in the index that the driver reads once.
+    """Images of Parquet shards, found in the index that the driver reads once.
 
-    `index`: a row an image, in path order: path, digest (32 bytes), shard, row_group and row.
+    `index`: a row an image, in path order: path, digest (32 bytes or null), shard, row_group and row.
     """
 
     root: Place
@@ -80,13 +80,21 @@ class ShardSource(Source):
     def read_bytes(self, path: str) -> bytes:
         row = self.find(path)
         try:
-            return row_group(self.root / row["shard"], row["row_group"]).read()[row["row"]].as_py()
+            image = row_group(self.root / row["shard"], row["row_group"]).read()[row["row"]].as_py()
         except (OSError, pa.ArrowInvalid) as error:
             raise UnreadableImageError(f"{row['shard']}: {error}") from error
+        if not image or image["bytes"] is None:  # as `datasets` writes the images of a local folder
+            raise UnreadableImageError(f"{row['shard']} holds its name, and not its bytes")
+        return image["bytes"]
 
     def digest(self, path: str) -> bytes:
-        """As it was stored when the image was decoded and packed."""
-        return self.find(path)["digest"]
+        """As `plates prepare` stored it when it had decoded the image; by reading, where another wrote the shards."""
+        return self.find(path)["digest"] or hashlib.sha256(self.read_bytes(path)).digest()
+
+    def check(self, path: str) -> bytes:
+        if self.find(path)["digest"] is None:
+            self.read(path)
+        return self.digest(path)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Places on a disk or behind a URI (s3://, gs://), by the part of pathlib that this program uses."""
 
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, TypeAlias
 
+import platformdirs
 from pyarrow import fs
 
 from plates.config import UserError
@@ -133,6 +135,11 @@ def place_of(flag: str, text: str) -> Place:
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {text}: cannot be reached ({str(error).splitlines()[0]})") from error
     return named
+
+
+def cache_root() -> Place:
+    """PLATES_CACHE, a path or a URI, else the user's cache folder; absolute, since workers run elsewhere."""
+    return place_of("PLATES_CACHE", os.environ.get("PLATES_CACHE") or platformdirs.user_cache_dir("plates"))
 
 
 def remove_tree(folder: Place) -> None:

@@ -12,11 +12,10 @@ from plates.balance import weigh_classes
 from plates.cluster import Plan, find_room, plural
 from plates.config import TrainConfig, UserError
 from plates.dataset import Dataset
-from plates.features import cache_root
 from plates.images import UnreadableImageError
 from plates.model import Weights
 from plates.ray_private import ray_train_error, require, trainer_class
-from plates.storage import Place, remove_tree
+from plates.storage import Place, cache_root, remove_tree
 from plates.train_loop.group import LEFT_FILE, STATE_FOLDER, Worker
 from plates.train_loop.task import Task
 from plates.transforms import Preprocessing

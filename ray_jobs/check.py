@@ -14,10 +14,9 @@ def check(config: CheckConfig) -> int:
     # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
     from plates.cluster import plan_job
     from plates.dataset import load_dataset
-    from plates.features import cache_root
     from plates.preflight import probe_nodes
     from plates.report import align_columns
-    from plates.storage import place_of
+    from plates.storage import cache_root, place_of
 
     run = place_of("--out", config.out or ".")
     dataset = load_dataset(config.data, seed=0)

@@ -11,8 +11,9 @@ from plates.config import PredictConfig, UserError
 def predict(config: PredictConfig) -> int:
     # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
     from plates.checkpoint import load_bundle, rebuild_model
-    from plates.dataset import Samples, load_test_split
+    from plates.dataset import load_test_split
     from plates.job import LoadedData, finish, start
+    from plates.samples import Samples
     from plates.storage import place_of
     from plates.train_loop import predict as predict_on_worker
     from plates.trainer import run_loop
@@ -21,14 +22,14 @@ def predict(config: PredictConfig) -> int:
     rebuild_model(bundle)  # refuses tensors that do not fit before anything is started
 
     def load_data() -> LoadedData:
-        dataset = load_test_split(config.data, bundle.info.get("seed", 0))
+        dataset = load_test_split(config.data, bundle.info.get("seed", 0), bundle.classes)
         if dataset.classes and dataset.classes != bundle.classes:
             raise UserError(
                 f"--checkpoint {config.checkpoint}: was trained on the classes {', '.join(bundle.classes)}; "
                 f"--data {config.data} has {', '.join(dataset.classes)}"
             )
         if not dataset.test:
-            raise UserError(f"--data {config.data}: has no test/ folder with images to predict")
+            raise UserError(f"--data {config.data}: has no test split with images to predict")
         return replace(dataset, classes=bundle.classes, train=Samples.of(), val=Samples.of()), []
 
     started = start("predict", config, load_data, bundle)

@@ -23,7 +23,7 @@ def prepare(config: PrepareConfig) -> int:
     plan = plan_job(config.num_workers, "cpu")
     check_nodes(plan, dataset, run)
     rundir.claim_run(run, "prepare", config, {"versions": rundir.versions(), "plan": plan.line})
-    print(plan.line, flush=True)
+    print("\n".join(filter(None, [dataset.left_out, plan.line])), flush=True)
     num_images, skipped = pack(dataset, plan, run, config.skip_unreadable)
     if skipped:
         rundir.write_csv(run / "skipped.csv", pd.DataFrame(skipped))

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from plates.metrics import wilson_interval
-from plates.report.text import is_number
+from plates.report.text import format_percent, is_number
 
 MAX_MATRIX = 20  # classes of a confusion matrix that can still be read
 
@@ -30,6 +30,7 @@ def show_scores(metrics: dict[str, Any], config: dict[str, Any]) -> list[dict[st
     for score in scores:
         names = config.get("classes") or sorted({name for pair in score["cells"] for name in pair})
         score["matrix"] = tabulate_confusion(score["cells"], names)
+        score["by_class"] = tabulate_classes(metrics, score["split"], score["matrix"]["names"])
     return scores
 
 
@@ -50,3 +51,10 @@ def tabulate_confusion(cells: dict[tuple[str, str], int], classes: list[str]) ->
         correct = cells.get((true, true), 0) / totals[true] if totals[true] else None
         rows.append({"name": true, "counts": counts, "all": totals[true], "correct": correct})
     return {"names": names, "rows": rows if cells else [], "num_classes": len(classes)}
+
+
+def tabulate_classes(metrics: dict[str, Any], split: str, names: list[str]) -> list[list[str]]:
+    """A row a class, of those that were measured: its name, precision, recall and F1."""
+    keys = {name: [f"{split}/{figure}/{name}" for figure in ("precision", "recall", "f1")] for name in names}
+    measured = {name: of_class for name, of_class in keys.items() if of_class[0] in metrics}
+    return [[name, *(format_percent(metrics[key]) for key in of_class)] for name, of_class in measured.items()]

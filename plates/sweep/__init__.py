@@ -8,8 +8,8 @@ import pandas as pd
 
 from plates.cluster import Plan
 from plates.config import TuneConfig
-from plates.dataset import Samples
 from plates.head import HeadSettings
+from plates.samples import Samples
 from plates.sweep.head_trials import HeadSweep, run_head_trials
 from plates.sweep.scores import Folds, Swept, draw_schedules, summarize, tabulate_trials
 from plates.sweep.search import search_all

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from plates.config import TuneConfig, UserError
-from plates.dataset import Samples
 from plates.metrics import wilson_interval
+from plates.samples import Samples
 from plates.train_loop.task import Predicted, Task
 
 CONFIDENCE = 0.95

@@ -9,9 +9,9 @@ import numpy as np
 
 from plates.cluster import Node, Plan, list_nodes, plural, share_cpus, start_ray
 from plates.config import TuneConfig, UserError
-from plates.dataset import Samples
 from plates.ray_private import lasting_asha, require
 from plates.rundir import write_json
+from plates.samples import Samples
 from plates.storage import Place, remove_tree
 from plates.sweep.scores import Folds, Schedule, TrialResult, score_images, score_trial
 from plates.sweep.tuner import tune_all

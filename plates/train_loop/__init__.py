@@ -11,9 +11,9 @@ from torch import Tensor
 
 from plates.checkpoint import Bundle, rebuild_model
 from plates.cluster import this_node
-from plates.dataset import Samples
 from plates.device import set_up_process
 from plates.model import Classifier, build_classifier
+from plates.samples import Samples
 from plates.timing import Phases, device_name, rate
 from plates.train_loop.end_to_end import train_end_to_end
 from plates.train_loop.frozen import labelled_features, train_head

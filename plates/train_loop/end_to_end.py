@@ -12,12 +12,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from plates import metrics
-from plates.dataset import Sample, Samples, row_groups
+from plates.dataset import row_groups
 from plates.device import DTYPES, move
 from plates.features import Views, make_numbered, no_views
 from plates.head import FIGURES, epoch_order
 from plates.images import prefetch
 from plates.model import Classifier, set_trainable
+from plates.samples import Sample, Samples
 from plates.sources import Source
 from plates.timing import Phases
 from plates.train_loop.group import Worker, all_reduce_sum, gather, interleave, progress, share_of, tell_left

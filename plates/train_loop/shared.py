@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from plates.dataset import Samples, in_threads
+from plates.dataset import in_threads
 from plates.features import FrozenTrunk, Wanted, compute_features, row_keys, trunk_key
 from plates.rundir import FEATURES_FOLDER
+from plates.samples import Samples
 from plates.store import BYTES_PER_PART, FeatureRows, FeatureStore
 from plates.train_loop.group import Worker, all_gather, broadcast, gather, interleave, progress, share_of, tell_left
 from plates.train_loop.task import Task

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from plates.config import TrainConfig
-from plates.dataset import SAMPLES_PER_BATCH, Dataset
+from plates.dataset import Dataset
 from plates.features import Drawing
 from plates.model import Weights, hash_weights
 from plates.rundir import versions
+from plates.samples import SAMPLES_PER_BATCH
 from plates.storage import Place
 from plates.transforms import Preprocessing
 

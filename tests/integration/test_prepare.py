@@ -49,7 +49,7 @@ def test_row_groups_of_large_images_are_small(folder, tmp_path, monkeypatch):
     """No more is in memory, and read at once, than some bytes, however large the images are."""
     monkeypatch.setattr(shards, "BYTES_PER_ROW_GROUP", 1)
     assert prepare.main(["--data", str(folder), "--out", str(tmp_path / "packed"), "--num-workers", "0"]) == 0
-    with pq.ParquetFile(tmp_path / "packed" / "train-00000.parquet") as file:
+    with pq.ParquetFile(tmp_path / "packed" / "train-00000-of-00001.parquet") as file:
         assert file.num_row_groups == file.metadata.num_rows == 13
     one, other = load_dataset(str(folder), 0), load_dataset(str(tmp_path / "packed"), 0)
     assert all(torch.equal(one.source.read(s.path), other.source.read(s.path)) for s in one.train)
@@ -125,6 +125,6 @@ def test_what_cannot_be_read_is_left_out_or_refused(folder, tmp_path, capsys):
     assert prepare.main(["--data", str(folder), "--out", str(tmp_path / "b")]) == 2
     assert "train/dirty/3.png: the file is empty" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
-    (tmp_path / "a" / "train-00000.parquet").write_bytes(b"half")
+    (tmp_path / "a" / "train-00000-of-00001.parquet").write_bytes(b"half")
     assert train.main([*SMALL, "--data", str(tmp_path / "a"), "--out", str(tmp_path / "c")]) == 2
     assert "prepare it again" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Data, run directory, checkpoint and cache in a real S3 server on loopback."""
 
+import hashlib
 import io
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -83,6 +85,31 @@ def test_a_run_from_s3_to_s3_is_the_run_on_this_disk(folder, bucket, tmp_path, m
     assert abs(again["p_dirty"] - there["p_dirty"]).max() < 1e-5
     said = capfd.readouterr()
     assert "testing-secret" not in said.out + said.err
+
+
+def test_an_archive_and_a_table_in_s3_are_the_folder(folder, bucket, tmp_path, monkeypatch):
+    """The archive unpacked into a cache in S3, too; an unpacking that was cut off there is begun again."""
+    monkeypatch.setenv("PLATES_CACHE", f"{bucket}/cache")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for file in folder.rglob("*.*"):
+            archive.write(file, f"wrapped/{file.relative_to(folder)}")
+    data = (tmp_path / "photos.zip").read_bytes()
+    UriPath(f"{bucket}/photos.zip").write_bytes(data)
+    unpacked = UriPath(f"{bucket}/cache/archives/{hashlib.sha256(data).hexdigest()}/wrapped")
+    (unpacked / "test" / "0.jpg").write_bytes(b"half")
+    rows = [f"{file.relative_to(folder)},{file.parent.name}" for file in folder.glob("train/*/*.*")]
+    (folder / "table.csv").write_text("\n".join(["path,label", *rows]))
+    upload(folder, f"{bucket}/photos")
+    here, there, table = (
+        load_dataset(str(place), 0) for place in (folder, f"{bucket}/photos.zip", f"{bucket}/photos/table.csv")
+    )
+    assert (here.train, here.val, here.test) == (there.train, there.val, there.test)
+    assert (here.train, here.val) == (table.train, table.val)
+    for sample in (*here.train, *here.test):
+        assert there.source.read_bytes(sample.path) == (folder / sample.path).read_bytes()
+    assert table.source.check("train/dirty/1.png") == here.source.check("train/dirty/1.png")
+    (unpacked / "test" / "0.jpg").unlink()
+    assert len(load_dataset(f"{bucket}/photos.zip", 0).test) == 6  # not unpacked again
 
 
 def test_two_runs_of_the_same_features_in_s3_both_end_right(folder, bucket, tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_train import CONFIG, assert_same, train_on
 
-from plates import features
 from plates.sources import FolderSource
+from plates.storage import cache_root
 from plates.store import KEY_TYPE, USE_FILE, FeatureStore, limit_size
 
 
@@ -60,7 +60,7 @@ def run_beside(config, tmp_path, monkeypatch, meanwhile=lambda: None):
     """
     monkeypatch.setattr("plates.store.SECONDS_PER_PART", 0.0)
     monkeypatch.setattr("plates.device.CPU_BATCH_SIZE", 2)
-    cache, read, calls = features.cache_root() / "features", FolderSource.read, count()
+    cache, read, calls = cache_root() / "features", FolderSource.read, count()
     is_held, may_go_on = threading.Event(), threading.Event()
 
     def hold_up(self, path):

@@ -46,6 +46,7 @@ def test_the_defaults_are_the_published_recipe():
         ("--num-views", "0"), ("--num-workers", "-1"), ("--data", "synthetic:3"), ("--data", "synthetic:many"),
         ("--data", "synthetic:"), ("--data", "synthetic:hard"), ("--data", "synthetic:8:"),
         ("--data", "synthetic:8:harder"), ("--data", "synthetic:8:hard:1"),
+        ("--data", "kaggle:"), ("--data", "kaggle:a/b/c"), ("--data", "kaggle:a b"), ("--data", "kaggle:../a"),
         ("--data", ""), ("--out", ""), ("--weights", ""), ("--backbone", "vgg16"), ("--backbone", "timm/vit_tinny"),
         ("--backbone", "timm/vit_tiny_patch16_224.none"), ("--tta", "0"), ("--readout", ""),
         ("--readout", "stage0/avg"), ("--readout", "last"), ("--readout", "pre/token"),

@@ -15,9 +15,10 @@ import torch
 from conftest import rights_of_nobody, write_picture
 
 from plates.config import DataConfig, UserError
-from plates.dataset import Sample, Samples, check_dataset, in_threads, load_dataset, load_test_split
+from plates.dataset import check_dataset, in_threads, load_dataset, load_test_split
 from plates.predict import image_ids
 from plates.rundir import write_csv
+from plates.samples import Sample, Samples
 
 
 def test_every_sixth_image_of_each_class_is_held_out(folder):
@@ -44,6 +45,47 @@ def test_a_folder_val_replaces_the_split(folder):
     assert len(dataset.train) == 17
 
 
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_a_validation_split_has_other_names(name, folder):
+    write_picture(folder / name / "dirty" / "x.jpg", 1)
+    dataset = load_dataset(str(folder), seed=0)
+    assert ([*dataset.val], len(dataset.train)) == ([Sample(f"{name}/dirty/x.jpg", 1)], 17)
+    write_picture(folder / "val" / "dirty" / "x.jpg", 1)
+    with pytest.raises(UserError, match=f"val and {name} are names of one split"):
+        load_dataset(str(folder), seed=0)
+
+
+def test_a_test_split_in_folders_of_the_classes_has_labels(folder, tmp_path):
+    shutil.rmtree(folder / "test")
+    for path in ("test/dirty/b.jpg", "test/cleaned/deep/a.jpg"):
+        write_picture(folder / path, 1)
+    labelled = [Sample("test/cleaned/deep/a.jpg", 0), Sample("test/dirty/b.jpg", 1)]
+    dataset = load_dataset(str(folder), seed=0)
+    assert [*dataset.test] == labelled
+    assert len(dataset.train) + len(dataset.val) == 17
+    (folder / "train").rename(tmp_path / "elsewhere")  # to predict with a checkpoint of these classes, or of others
+    known = ("cleaned", "dirty")
+    assert [*load_test_split(str(folder), 0, known).test] == labelled
+    assert [*load_test_split(str(folder / "test"), 0, known).test][1] == Sample("dirty/b.jpg", 1)
+    assert load_test_split(str(folder), 0, ("dirty", "rare")).test[0].label is None
+    write_picture(folder / "test" / "c.jpg", 1)
+    assert {sample.label for sample in load_test_split(str(folder), 0, known).test} == {None}
+
+
+def test_what_is_left_out_is_counted(folder, monkeypatch):
+    assert load_dataset(str(folder), 0).left_out == ""
+    for name in ("train/dirty/a.txt", "train/dirty/b.TXT", "test/c.mp4", "train/README", "README.md", "test/.d.jpg"):
+        (folder / name).write_text("no image")
+    for name in ("test/empty", "train/dirty/empty", "spare", ".git"):
+        (folder / name).mkdir()
+    for name in ("train/loose.jpg", "loose.jpg"):
+        write_picture(folder / name, 1)
+    assert load_dataset(str(folder), 0).left_out == (
+        "not looked at: 5 files of other kinds (.txt 2, .md 1, without one 1, .mp4 1), 2 empty folders, "
+        "1 hidden folder, 1 image in no split, 1 other folder, 1 image in no class folder, 1 hidden file"
+    )
+
+
 def test_wrapping_folders_are_looked_through_and_litter_is_not(folder, tmp_path):
     write_picture(folder / "train" / "__MACOSX" / "a.jpg", 1)
     write_picture(folder / "train" / "dirty" / ".hidden.jpg", 1)
@@ -59,7 +101,7 @@ def test_wrapping_folders_are_looked_through_and_litter_is_not(folder, tmp_path)
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: root.rename(root.with_name("elsewhere")), "no such folder"),
+        (lambda root: root.rename(root.with_name("elsewhere")), "no such folder or file; give .*kaggle:NAME"),
         (lambda root: (root / "train").rename(root / "other"), "holds no train/ folder"),
         (lambda root: (root / "train" / "dirty").rename(root / "dirty"), "1 class folders; at least 2"),
         (lambda root: (root / "train" / "empty").mkdir(), "train/empty holds no images"),

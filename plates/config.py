@@ -93,6 +93,18 @@ class ModelConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckDataConfig(DataConfig):
+    """Tell what is odd about a data set: files that cannot be read, duplicates, above all across its splits, odd
+    sizes, classes. A page and data_issues.csv; nothing is changed.
+
+    plates check-data --data PHOTOS
+    """
+
+    skip_unreadable: bool = False
+    """Changes nothing here: images that cannot be read are always told, and end the job with exit code 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
     """Fine-tune a classifier, predict the test split, write a report.
 
@@ -111,6 +123,8 @@ class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
     """Views to train on: random resized crops and flips; the 8 rotations and mirrorings (dihedral); or both."""
     tta: int = 1
     """Views of --augment that a prediction averages, the image as it is first; costs as many passes of the trunk."""
+    drop_duplicates: bool = False
+    """Train on one of each set of images that are or look the same, and on none that val or test has, too."""
     head: Literal["adam", "logistic"] = "adam"
     """adam: by the schedule of --lr; logistic: L2-regularised, to convergence, its strength by cross-validation."""
     class_weights: ClassWeights = "none"
@@ -256,5 +270,6 @@ JOB_CONFIGS = {
     "predict": PredictConfig,
     "benchmark": BenchmarkConfig,
     "check": CheckConfig,
+    "check-data": CheckDataConfig,
 }
 JobConfig = DataConfig | CheckConfig

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from plates.config import UserError
 from plates.device import num_usable_cpus
 from plates.folders import find_data, find_images, look_into, printable, tell_left_out
 from plates.images import IMAGE_SUFFIXES, UnreadableImageError
+from plates.looks import LOOK, Look
 from plates.rules import DATA_KINDS, Difficulty, parse_drawn
 from plates.samples import SAMPLES_PER_BATCH, Samples, split_every_sixth
 from plates.shards import SPLITS, read_index
@@ -25,7 +27,16 @@ from plates.sources import FolderSource, ShardSource, Source, SyntheticSource, s
 from plates.storage import Place, place_of
 from plates.tables import read_table, split_table
 
+FoundT = TypeVar("FoundT")
 MAX_NESTED = 3  # archives, one in another
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """The images of a split as listed, with the digests of those that can be read; and (N,) LOOK."""
+
+    samples: Samples
+    looks: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -176,10 +187,10 @@ def row_groups(source: Source, samples: Samples) -> Tensor:
     return torch.from_numpy(groups.to_numpy(np.int64, copy=True))
 
 
-def in_threads(look: Callable[[str], bytes], samples: Samples) -> Iterator[bytes | UnreadableImageError]:
+def in_threads(look: Callable[[str], FoundT], samples: Samples) -> Iterator[FoundT | UnreadableImageError]:
     """What is found at each path in turn, or why it cannot be read."""
 
-    def try_to(path: str) -> bytes | UnreadableImageError:
+    def try_to(path: str) -> FoundT | UnreadableImageError:
         try:
             return look(path)
         except UnreadableImageError as error:
@@ -191,23 +202,41 @@ def in_threads(look: Callable[[str], bytes], samples: Samples) -> Iterator[bytes
             yield from pool.map(try_to, batch["path"].to_pylist())
 
 
-def check_dataset(dataset: Dataset, skip_unreadable: bool) -> tuple[Dataset, list[Skipped]]:
+def check_dataset(
+    dataset: Dataset, skip_unreadable: bool, seen: dict[str, Seen] | None = None
+) -> tuple[Dataset, list[Skipped]]:
     """Decodes every labelled image once, before anything is trained. Raises: UserError as `leave_out` does.
+
+    seen: where given, takes by split what was seen of the images.
 
     Returns: the data set of the images that can be read, with their digests, and those that cannot.
     """
-    skipped: list[Skipped] = []
-    checked = {}
-    with tqdm(total=len(dataset.train) + len(dataset.val), desc="checking", unit="image") as bar:
-        for split, samples in (("train", dataset.train), ("val", dataset.val)):
-            digests: list[bytes | None] = []
-            for sample, found in zip(samples, in_threads(dataset.source.check, samples), strict=True):
-                digests.append(found if isinstance(found, bytes) else None)
-                if not isinstance(found, bytes):
-                    skipped.append(Skipped(sample.path, split, str(found)))
-                bar.update()
-            checked[split] = samples.with_digests(digests)
+    labelled = {"train": dataset.train, "val": dataset.val}
+    found, skipped = look_over(labelled, dataset.source.check)
+    if seen is not None:
+        seen |= found
+    checked = {split: found[split].samples for split in labelled}
     return leave_out(replace(dataset, **checked), skipped, skip_unreadable), skipped
+
+
+def look_over(splits: dict[str, Samples], look: Callable[[str], Look]) -> tuple[dict[str, Seen], list[Skipped]]:
+    """What is seen of the images by split, and those that cannot be read."""
+    skipped: list[Skipped] = []
+    seen = {}
+    with tqdm(total=sum(map(len, splits.values())), desc="checking", unit="image") as bar:
+        for split, samples in splits.items():
+            digests: list[bytes | None] = []
+            looks = np.zeros(len(samples), LOOK)
+            for index, found in enumerate(in_threads(look, samples)):
+                if isinstance(found, UnreadableImageError):
+                    digests.append(None)
+                    skipped.append(Skipped(samples[index].path, split, str(found)))
+                else:
+                    digests.append(found.digest)
+                    looks[index] = found.kept
+                bar.update()
+            seen[split] = Seen(samples.with_digests(digests), looks)
+    return seen, skipped
 
 
 def leave_out(dataset: Dataset, skipped: Sequence[Skipped], skip_unreadable: bool) -> Dataset:

@@ -20,6 +20,7 @@ from plates.backbones import OWN_READOUT
 from plates.device import DTYPES, find_batch_size, move, read_behind
 from plates.folding import fast_trunk
 from plates.images import UnreadableImageError, prefetch
+from plates.looks import Look
 from plates.model import hash_weights
 from plates.readouts import read_out
 from plates.samples import Samples
@@ -113,17 +114,24 @@ def compute_features(
     wanted: Iterable[Wanted],
     drawing: Drawing,
     errors: dict[str, str] | None = None,
+    looks: dict[str, Look] | None = None,
 ) -> Iterator[Tensor]:
     """Yields (V, F) features on the CPU of each image in turn.
 
-    errors: where given, takes the reasons why images cannot be read; such an image yields no row, (0, F).
+    Args:
+        errors: where given, takes the reasons why images cannot be read; such an image yields no row, (0, F).
+        looks: where given, takes what is seen of each image before its features are there.
     """
 
     def load(one: Wanted) -> Views:
         """A thread ahead of the trunk decodes an image and copies it, once each; its views are made on the device."""
         path, views = one
         try:
-            image = cut_background(move(source.read(path), trunk.device), trunk.preprocessing)
+            if looks is None:
+                image = source.read(path)
+            else:
+                image, looks[path] = source.read_and_look(path)
+            image = cut_background(move(image, trunk.device), trunk.preprocessing)
         except UnreadableImageError as error:
             if errors is None:
                 raise

@@ -16,6 +16,8 @@ from torchcodec.decoders import decode_image
 
 ItemT = TypeVar("ItemT")
 LoadedT = TypeVar("LoadedT")
+ORIENTATION = 0x0112  # in EXIF: how to turn what is stored, 1 not at all
+EMPTY_FILE, CUT_OFF = "the file is empty", "the file is cut off"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif"}
 # Where Pillow refuses: 179 million, 0.5 GB as RGB, up to 4 GB while an animated WebP is decoded; phones make 108.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -33,7 +35,7 @@ def decode(data: bytes) -> Tensor:
     Pillow, to the same pixels; it has all frames of an animation in memory at once, so the rest is Pillow's.
     """
     if not data:
-        raise UnreadableImageError("the file is empty")
+        raise UnreadableImageError(EMPTY_FILE)
     try:
         with Image.open(io.BytesIO(data), formats=pillow_formats()) as opened:
             if opened.format not in ("JPEG", "MPO", "PNG"):  # MPO: a JPEG with more pictures behind it
@@ -47,7 +49,25 @@ def decode(data: bytes) -> Tensor:
     except UnidentifiedImageError as error:
         raise UnreadableImageError(why_unknown(data)) from error
     except Exception as error:  # parsers of damaged files raise what they like: struct.error, ZeroDivisionError, ...
-        raise UnreadableImageError(f"not a readable image ({type(error).__name__})") from error
+        what = CUT_OFF if is_cut_off(data, error) else "not a readable image"
+        raise UnreadableImageError(f"{what} ({type(error).__name__})") from error
+
+
+def is_cut_off(data: bytes, error: Exception) -> bool:
+    """Whether an image that cannot be decoded lacks its end, by its bytes or by what Pillow says of it."""
+    end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(data[:2], b"")
+    return end not in data[-32:] or "truncated" in str(error).lower()
+
+
+def is_stored_rotated(data: bytes) -> bool:
+    """Whether an image that can be decoded is turned or mirrored by its EXIF orientation."""
+    try:
+        with Image.open(io.BytesIO(data), formats=pillow_formats()) as opened:
+            # Pillow decodes a PNG to look for EXIF behind its pixels, where no decoder looks.
+            exif = {} if opened.format == "PNG" and "exif" not in opened.info else opened.getexif()
+            return exif.get(ORIENTATION, 1) in range(2, 9)
+    except Exception:  # a corrupt EXIF block, which `decode` takes for none
+        return False
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

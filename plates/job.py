@@ -1,7 +1,7 @@
 """What jobs share: how a run starts, and how it writes its results, reports and finishes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pandas as pd
@@ -13,7 +13,8 @@ from plates.balance import weigh_classes
 from plates.checkpoint import Bundle, save_bundle
 from plates.cluster import Plan, plan_job
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PredictConfig, TrainConfig, UserError
-from plates.dataset import Dataset, Skipped
+from plates.data_issues import drop_duplicates, find_issues
+from plates.dataset import Dataset, Seen, Skipped, check_dataset, load_dataset, look_over
 from plates.device import decide_precision
 from plates.model import Weights, assemble, preprocessing_of
 from plates.predict import print_skipped, tabulate_predictions, write_predictions
@@ -27,16 +28,27 @@ from plates.train_loop.task import Predicted, Task
 from plates.trainer import make_task
 from plates.weights import resolve_weights
 
-LoadedData = tuple[Dataset, list[Skipped]]  # as `check_dataset` returns it
+
+@dataclass(frozen=True)
+class LoadedData:
+    """What a run works on, and what its check found: images that cannot be read, what was seen by split, and the
+    rows of data_issues.csv of what was dropped."""
+
+    dataset: Dataset
+    skipped: list[Skipped]
+    seen: dict[str, Seen] = field(default_factory=dict)
+    dropped: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
 class Started:
-    """A run with its directory: its task, and the workers for it; `resolved` is what its settings came to."""
+    """A run with its directory: its task, and the workers for it; `resolved` is what its settings came to, `told`
+    what was said of its data."""
 
     task: Task
     plan: Plan
-    skipped: list[Skipped]
+    loaded: LoadedData
+    told: list[str]
     resolved: dict[str, Any]
     phases: Phases
 
@@ -55,7 +67,9 @@ def start(
     training = settings_of(bundle, cast(PredictConfig, config)) if bundle else cast(TrainConfig, config)
     run, phases = rundir.find_run(config.out, job, config), Phases()
     with phases.measure("data"):
-        dataset, skipped = load_data()
+        loaded = load_data()
+        dataset = loaded.dataset
+        told = find_issues(dataset, loaded.seen, loaded.skipped, loaded.dropped).lines if loaded.seen else []
     class_weights = weigh_classes(training.class_weights, dataset)  # refuses a class that there is not
     phases.seconds["process"] = process_age_s() - phases.seconds["data"]
     with phases.measure("ray"):
@@ -94,10 +108,23 @@ def start(
     if training.class_weights != "none":
         resolved["class_weights"] = dict(zip(dataset.classes, class_weights, strict=True))
     rundir.claim_run(run, job, config, resolved)
-    print("\n".join(filter(None, [dataset.left_out, weights.reason, plan.line, *resolved["notes"]])), flush=True)
+    said = [dataset.left_out, weights.reason, plan.line, *resolved["notes"], *told]
+    print("\n".join(filter(None, said)), flush=True)
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     task = make_task(training, dataset, weights, preprocessing, precision, run)
-    return Started(task, plan, skipped, resolved, phases)
+    return Started(task, plan, loaded, told, resolved, phases)
+
+
+def load_labelled(config: TrainConfig, prepare: Callable[[Dataset], Dataset] = lambda dataset: dataset) -> LoadedData:
+    """The data set of a training run, checked, prepared and, where that is asked for, without duplicates; only for
+    them is the test split looked at before the workers do. Raises: UserError for what the user must mend."""
+    listed, seen = load_dataset(config.data, config.seed), {}
+    dataset, skipped = check_dataset(listed, config.skip_unreadable, seen)
+    dataset, dropped = prepare(dataset), None
+    if config.drop_duplicates:
+        seen |= look_over({"test": dataset.test}, dataset.source.check)[0]
+        dataset, dropped = drop_duplicates(dataset, seen)
+    return LoadedData(dataset, skipped, seen, dropped)
 
 
 def settings_of(bundle: Bundle, config: PredictConfig) -> TrainConfig:
@@ -142,7 +169,9 @@ def finish(
         save_bundle(run / "checkpoint", bundle)
         examples = draw_examples(task)
     predictions = tabulate_predictions(predicted, dataset)
-    skipped = [*started.skipped, *predictions.skipped]
+    skipped = [*started.loaded.skipped, *predictions.skipped]
+    if started.loaded.seen:
+        write_issues(started, predicted, skipped, (tables or {}).get("out_of_fold.csv"))
     timing = timing_table(phases, started.plan.num_workers, predicted.timings, len(dataset.test))
     for name, table in (tables or {}).items():
         rundir.write_csv(run / name, table)
@@ -155,3 +184,16 @@ def finish(
     print(f"{summary_table(run)}\nreport: {report}")
     print_skipped(predictions.skipped)
     return EXIT_SOME_UNREADABLE if skipped else EXIT_OK
+
+
+def write_issues(
+    started: Started, predicted: Predicted, skipped: list[Skipped], out_of_fold: pd.DataFrame | None
+) -> None:
+    """data_issues.csv, now that the test split was seen, too; tells what was not told at the start."""
+    loaded, seen = started.loaded, dict(started.loaded.seen)
+    if predicted.seen and "test" not in seen:
+        seen["test"] = predicted.seen
+    found = find_issues(started.task.dataset, seen, skipped, loaded.dropped, out_of_fold)
+    rundir.write_data_check(started.task.run, found.table, found.counts, found.lines)
+    new = [line for line in found.lines[1:] if line not in started.told]
+    print(*new, sep="\n", end="\n" * bool(new))

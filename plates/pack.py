@@ -67,7 +67,7 @@ def pack_shard(shard: pd.DataFrame, source: Source, classes: tuple[str, ...], fo
 
     def load(row: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            digest, image = source.check(row["path"]).hex(), source.read_bytes(row["path"])
+            digest, image = source.check(row["path"]).digest.hex(), source.read_bytes(row["path"])
             return {"image": {"bytes": image, "path": row["path"]}, "label": row["label"], "sha256": digest}
         except UnreadableImageError as error:
             errors[row["path"]] = str(error)

@@ -19,6 +19,7 @@ from plates import metrics
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, NUM_PUBLISHED_EPOCHS
 from plates.dataset import Dataset, check_dataset, in_threads, load_dataset
 from plates.device import num_usable_cpus
+from plates.images import UnreadableImageError
 from plates.model import Weights, build_classifier, preprocessing_of, set_trainable
 from plates.samples import Sample
 from plates.sources import Source
@@ -114,7 +115,8 @@ def time_published(
 def leave_out_unreadable(dataset: Dataset) -> tuple[Dataset, int]:
     """The data set as a run with --skip-unreadable sees it, and how many images that leaves out."""
     readable, skipped = check_dataset(dataset, skip_unreadable=True)
-    is_read = [isinstance(found, bytes) for found in in_threads(dataset.source.check, dataset.test)]
+    looks = in_threads(dataset.source.check, dataset.test)
+    is_read = [not isinstance(look, UnreadableImageError) for look in looks]
     return replace(readable, test=dataset.test.where(is_read)), len(skipped) + is_read.count(False)
 
 

@@ -134,6 +134,13 @@ def write_results(run: Place, figures: dict[str, float | int], timing: pd.DataFr
     update_config(run, device_names=sorted(set(timing["device_name"])))
 
 
+def write_data_check(run: Place, table: pd.DataFrame, counts: dict[str, dict[str, int]], lines: list[str]) -> None:
+    """data_issues.csv, where it has rows; what the report tells beside it into config.json."""
+    if len(table):
+        write_csv(run / "data_issues.csv", table)
+    update_config(run, data_check={"counts": counts, "lines": lines})
+
+
 def finish_run(run: Place) -> None:
     """Marks the run as finished: from now on it is never written again."""
     update_config(run, status="finished")

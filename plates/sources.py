@@ -7,7 +7,7 @@ import io
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from plates import synthetic
-from plates.images import UnreadableImageError, decode
+from plates.images import UnreadableImageError, decode, is_stored_rotated
+from plates.looks import Look, look_at
 from plates.rules import Difficulty
 from plates.shards import row_group
 from plates.storage import Place
@@ -24,6 +25,8 @@ from plates.storage import Place
 
 class Source(ABC):
     """Where the pixels are; small, and sent to every worker. All methods raise UnreadableImageError."""
+
+    is_decoded_in_check: ClassVar[bool] = False
 
     @abstractmethod
     def read_bytes(self, path: str) -> bytes:
@@ -33,9 +36,14 @@ class Source(ABC):
     def digest(self, path: str) -> bytes:
         """The SHA-256 of what `read` decodes, 32 bytes."""
 
-    def check(self, path: str) -> bytes:
-        """The digest, once it is sure that `read` will succeed."""
-        return self.digest(path)
+    def check(self, path: str) -> Look:
+        """What is seen of it, or its digest alone, once it is sure that `read` will succeed."""
+        return self.read_and_look(path)[1] if self.is_decoded_in_check else Look(self.digest(path))
+
+    def read_and_look(self, path: str) -> tuple[Tensor, Look]:
+        data = self.read_bytes(path)
+        image = decode(data)
+        return image, look_at(hashlib.sha256(data).digest(), image, is_stored_rotated(data))
 
     def read(self, path: str) -> Tensor:
         """(3, H, W) uint8 RGB."""
@@ -45,6 +53,7 @@ class Source(ABC):
 @dataclass(frozen=True)
 class FolderSource(Source):
     root: Place
+    is_decoded_in_check = True
 
     def read_bytes(self, path: str) -> bytes:
         try:
@@ -56,11 +65,6 @@ class FolderSource(Source):
 
     def digest(self, path: str) -> bytes:
         return hashlib.sha256(self.read_bytes(path)).digest()
-
-    def check(self, path: str) -> bytes:
-        data = self.read_bytes(path)
-        decode(data)
-        return hashlib.sha256(data).digest()
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,9 @@ class ShardSource(Source):
         """As `plates prepare` stored it when it had decoded the image; by reading, where another wrote the shards."""
         return self.find(path)["digest"] or hashlib.sha256(self.read_bytes(path)).digest()
 
-    def check(self, path: str) -> bytes:
-        if self.find(path)["digest"] is None:
-            self.read(path)
-        return self.digest(path)
+    def check(self, path: str) -> Look:
+        digest = self.find(path)["digest"]
+        return Look(digest) if digest else self.read_and_look(path)[1]
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,10 @@ class SyntheticSource(Source):
         index, is_dirty = synthetic_identity(self.seed, path)
         picture = synthetic.draw_plate(self.seed, index, is_dirty, self.difficulty)
         return torch.from_numpy(picture).permute(2, 0, 1)
+
+    def read_and_look(self, path: str) -> tuple[Tensor, Look]:
+        image = self.read(path)
+        return image, look_at(self.digest(path), image)
 
     def read_bytes(self, path: str) -> bytes:
         buffer = io.BytesIO()

@@ -10,6 +10,7 @@ JOBS = {
     "predict": "batch inference from a checkpoint",
     "benchmark": "the same work on each device and number of workers, as one table",
     "check": "preflight of a cluster, as a table",
+    "check-data": "what is odd about a data set",
     "submit": "send any of these to a cluster and follow it",
 }
 
@@ -18,7 +19,7 @@ def main() -> int:
     """Runs the job named by the first argument; 2 where there is no such job."""
     name, argv = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in JOBS:
-        return importlib.import_module(f"ray_jobs.{name}").main(argv)
+        return importlib.import_module(f"ray_jobs.{name.replace('-', '_')}").main(argv)
     usage = "usage: plates JOB [flags]; plates JOB --help tells a job's flags\n\n"
     usage += "\n".join(f"  {job:<10} {what}" for job, what in JOBS.items())
     if name in ("-h", "--help"):

@@ -30,7 +30,7 @@ def predict(config: PredictConfig) -> int:
             )
         if not dataset.test:
             raise UserError(f"--data {config.data}: has no test split with images to predict")
-        return replace(dataset, classes=bundle.classes, train=Samples.of(), val=Samples.of()), []
+        return LoadedData(replace(dataset, classes=bundle.classes, train=Samples.of(), val=Samples.of()), [])
 
     started = start("predict", config, load_data, bundle)
     predicted = run_loop(partial(predict_on_worker, bundle), started.task, started.plan)

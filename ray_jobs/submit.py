@@ -28,7 +28,7 @@ def submit(own: argparse.Namespace, flags: Sequence[str], config: JobConfig) -> 
     check_paths(config)
     client = connect(own.address)
     job_id = client.submit_job(
-        entrypoint=shlex.join(["python", "-m", f"ray_jobs.{own.job}", *flags]),
+        entrypoint=shlex.join(["python", "-m", f"ray_jobs.{own.job.replace('-', '_')}", *flags]),
         runtime_env={"working_dir": str(Path(__file__).parents[1]), "excludes": EXCLUDES},
     )
     print(f"{job_id} was sent to {own.address}", flush=True)

@@ -11,17 +11,13 @@ def train(config: TrainConfig) -> int:
     # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
     import pandas as pd
 
-    from plates.dataset import check_dataset, load_dataset
-    from plates.job import LoadedData, finish, start
+    from plates.job import finish, load_labelled, start
     from plates.metrics import score
     from plates.timing import startup_and_pace
     from plates.train_loop import train as train_on_worker
     from plates.trainer import run_loop
 
-    def load_data() -> LoadedData:
-        return check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
-
-    started = start("train", config, load_data)
+    started = start("train", config, partial(load_labelled, config))
     task = started.task
     trained = run_loop(train_on_worker, task, started.plan)
     figures = {key: trained.history[-1][key] for key in ("train/loss", "train/accuracy")}

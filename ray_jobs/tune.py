@@ -10,18 +10,17 @@ from plates.config import TuneConfig
 
 def tune(config: TuneConfig) -> int:
     # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
-    from plates.dataset import check_dataset, load_dataset, merge_labelled
-    from plates.job import LoadedData, finish, start
+    from plates.dataset import merge_labelled
+    from plates.job import LoadedData, finish, load_labelled, start
     from plates.storage import remove_tree
     from plates.sweep import run_sweep
     from plates.sweep.scores import make_folds
     from plates.sweep.tuner import STATE_FOLDER
 
     def load_data() -> LoadedData:
-        dataset, skipped = check_dataset(load_dataset(config.data, config.seed), config.skip_unreadable)
-        merged = merge_labelled(dataset)
-        make_folds(merged.train, config)  # refuses what cannot be folded before anything is started
-        return merged, skipped
+        loaded = load_labelled(config, merge_labelled)
+        make_folds(loaded.dataset.train, config)  # refuses what cannot be folded before anything is started
+        return loaded
 
     started = start("tune", config, load_data)
     task = started.task

@@ -13,6 +13,7 @@ import pandas as pd
 from plates.report.benchmark import show_benchmark
 from plates.report.boxes import show_boxes
 from plates.report.calibration import show_calibration
+from plates.report.data import show_data
 from plates.report.plots import draw_lines
 from plates.report.predictions import encode_thumbnail, show_predictions
 from plates.report.scores import score_split, show_scores
@@ -64,6 +65,7 @@ def write_report(
             {"uri": encode_thumbnail(picture), "alt": f"training view, label {label}", "title": label}
             for picture, label in train_views[:MAX_VIEWS]
         ],
+        "data": show_data(run / "data_issues.csv", config.get("data_check")),
         "skipped": show_skipped(read_table(run / "skipped.csv")),
         "settings": config,
     }

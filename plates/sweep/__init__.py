@@ -16,7 +16,7 @@ from plates.sweep.search import search_all
 from plates.sweep.training_trials import run_training_trials
 from plates.sweep.tuner import state_of
 from plates.train_loop import build_model, compute_features, train
-from plates.train_loop.task import Predicted, Task
+from plates.train_loop.task import Task
 from plates.trainer import run_loop
 
 
@@ -43,8 +43,8 @@ def sweep_heads(task: Task, folds: Folds, plan: Plan) -> Swept:
     winner = int(figures["winner/trial"])
     heads = sweep.fit([HeadSettings(**schedules[trial], indices=range(len(labels))) for trial in (winner, 0)])
     model.head.load_state_dict({"weight": heads.weight[0], "bias": heads.bias[0]})
-    predicted = Predicted(heads.logits(features.test)[0], features.errors, features.timings)
-    train_s = features.timings[0]["train_s"] + time.perf_counter() - start_s
+    predicted = replace(features.test, logits=heads.logits(features.test.logits)[0])
+    train_s = predicted.timings[0]["train_s"] + time.perf_counter() - start_s
     predicted.timings[0] |= {"train_s": train_s, "num_train_images": None}
     history, baseline = (pd.DataFrame(heads.history(head)) for head in (0, 1))
     return Swept(trials, figures, model.state_dict(), history, baseline, predicted, task)

@@ -25,15 +25,12 @@ from plates.transforms import cut_background, find_view, to_picture, view_batch
 
 @dataclass(frozen=True)
 class Features:
-    """What many heads are fitted on: (V, N, F) of the training views; (M, F) of the validation and (T, F) of the test
-    split, each image's mean over its views, not a number where `errors` says by path why an image cannot be read; and
-    one timing row a worker."""
+    """What many heads are fitted on: (V, N, F) of the training views; (M, F) of the validation split, each image's
+    mean over its views; and, with such features in the place of logits, the test split."""
 
     train: Tensor
     val: Tensor
-    test: Tensor
-    errors: dict[str, str]
-    timings: list[dict[str, Any]]
+    test: Predicted
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def compute_features(task: Task, worker: Worker) -> Features | None:
     test = predict_test(clock, shared, model, num_images, has_head=False)
     if train is None or val is None or test is None:
         return None
-    return Features(train[:], val[:].mean(0), test.logits, test.errors, test.timings)
+    return Features(train[:], val[:].mean(0), test)
 
 
 def compute_passes(passes: Sequence[Task], deadline: float, task: Task, worker: Worker) -> Searched | None:
@@ -153,7 +150,7 @@ def predict_test(
     """
     num_before, steady_rate = shared.num_computed, clock.worker.pace.steady_rate()  # of training alone
     with clock.phases.measure("inference"):
-        stored, is_read = shared.complete_test()
+        stored, is_read, seen = shared.complete_test()
         found = shared.logits(model.head, stored) if has_head else shared.on_rank_0(stored)
     timings = clock.gather_rows(num_train_images, shared.num_computed - num_before, steady_rate)
     if found is None:
@@ -163,7 +160,7 @@ def predict_test(
     if len(found):  # none has no columns
         by_view = found[:].unflatten(0, (int(is_read.sum()), -1))
         outputs[torch.from_numpy(is_read)] = by_view.mean(1)
-    return Predicted(outputs, shared.errors, timings)
+    return Predicted(outputs, shared.errors, timings, seen)
 
 
 def build_model(task: Task) -> Classifier:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from plates.dataset import in_threads
+from plates.dataset import Seen, in_threads
 from plates.features import FrozenTrunk, Wanted, compute_features, row_keys, trunk_key
+from plates.looks import LOOK, Look
 from plates.rundir import FEATURES_FOLDER
 from plates.samples import Samples
 from plates.store import BYTES_PER_PART, FeatureRows, FeatureStore
@@ -54,6 +55,8 @@ class SharedFeatures:
         self.fast_trunk: FrozenTrunk | None = None  # made when there is something to compute
         self.errors: dict[str, str] = {}  # by path why images of the test split cannot be read, alike on all workers
         self.num_computed = 0  # images, by this worker
+        self.looks: dict[str, Look] = {}  # by path at images of the test split, until their features are there
+        self.seen = np.zeros(0, LOOK)
 
     def complete(
         self,
@@ -70,9 +73,11 @@ class SharedFeatures:
             views: their numbers; the rows are those of each image in turn.
             description: of the progress bar.
             num_later: images that are to be computed after these.
-            may_fail: an image that cannot be read has no row, which none hands in, and its reason is in `errors`.
+            may_fail: an image that cannot be read has no row, which none hands in, and its reason is in `errors`;
+                what is seen of the others that this worker decodes is in `seen`.
         """
         keys, is_reused = row_keys(samples, views, self.task.drawing), None
+        self.seen = np.zeros(len(samples), LOOK)
         for _ in range(MAX_TRIES + 1):
             ranks = np.full(len(keys), -1)
             for rank, bits in enumerate(all_gather(np.packbits(self.store.find(keys) >= 0))):
@@ -90,6 +95,8 @@ class SharedFeatures:
             rows = self.compute(wanted, may_fail) if share else iter(())
             shown = progress(rows, len(share), description, "image", self.worker) if description else rows
             for index, computed in zip(share, shown, strict=True):
+                if self.looks and (look := self.looks.pop(samples[index].path, None)):
+                    self.seen[index] = look.kept
                 row_indices = index * len(views) + np.flatnonzero(missing[index])
                 for row_index, row in zip(row_indices.tolist(), computed, strict=len(computed) > 0):
                     self.store.add(keys[row_index].as_py(), row)
@@ -110,14 +117,17 @@ class SharedFeatures:
                 self.task.config.readout,
             )
         source, errors = self.task.dataset.source, self.errors if may_fail else None
-        for rows in compute_features(self.fast_trunk, source, wanted, self.task.drawing, errors):
+        # A prediction has no other images to compare with.
+        looks = self.looks if may_fail and source.is_decoded_in_check and self.task.dataset.train else None
+        for rows in compute_features(self.fast_trunk, source, wanted, self.task.drawing, errors, looks):
             self.num_computed += len(rows) > 0
             yield rows
 
-    def complete_test(self) -> tuple[StoredRows, np.ndarray]:
+    def complete_test(self) -> tuple[StoredRows, np.ndarray, Seen]:
         """Completes the test split, whose images nobody has looked at yet: each worker hashes a share of them first.
 
-        Returns: the rows of the images that can be read, each view's in turn, and (N,) which these are.
+        Returns: the rows of the images that can be read, each view's in turn; (N,) which these are; and what was seen
+            of all, on rank 0.
         """
         samples, worker = self.task.dataset.test, self.worker
         share = samples.take(share_of(range(len(samples)), worker))
@@ -128,9 +138,14 @@ class SharedFeatures:
         hashed = samples.with_digests(digests).where(is_read.tolist())
         views = self.task.config.eval_views
         stored = self.complete(hashed, views, "predicting", may_fail=True)
+        looks, hashed_at = np.zeros(len(samples), LOOK), np.flatnonzero(is_read)
+        own = np.flatnonzero(self.seen["width"])
+        for indices, kept in gather((own, self.seen[own])):
+            looks[hashed_at[indices]] = kept
         has_row = stored.ranks >= 0
-        is_read[np.flatnonzero(is_read)] = has_row[:: len(views)]
-        return replace(stored, keys=stored.keys.filter(pa.array(has_row)), ranks=stored.ranks[has_row]), is_read
+        is_read[hashed_at] = has_row[:: len(views)]
+        stored = replace(stored, keys=stored.keys.filter(pa.array(has_row)), ranks=stored.ranks[has_row])
+        return stored, is_read, Seen(samples.with_digests(digests), looks)
 
     def on_rank_0(self, stored: StoredRows) -> FeatureRows | None:
         """The rows, on rank 0; every worker takes part. What lies in the caches of other nodes alone is sent, a part

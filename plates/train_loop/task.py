@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from plates.config import TrainConfig
-from plates.dataset import Dataset
+from plates.dataset import Dataset, Seen
 from plates.features import Drawing
 from plates.model import Weights, hash_weights
 from plates.rundir import versions
@@ -75,11 +75,12 @@ class Fitted:
 @dataclass(frozen=True)
 class Predicted:
     """The test split in its order: (N, C) logits on the CPU, not a number where `errors` says by path why an image
-    cannot be read; and one timing row a worker."""
+    cannot be read; one timing row a worker; and what was seen of its images by those that decoded them."""
 
     logits: Tensor
     errors: dict[str, str]
     timings: list[dict[str, Any]]
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True)

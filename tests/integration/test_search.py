@@ -21,6 +21,7 @@ from sklearn.model_selection import RepeatedStratifiedKFold
 from test_options import chances_of, predict
 
 from plates.checkpoint import load_bundle
+from plates.data_issues import COLUMNS as DATA_COLUMNS
 from plates.dataset import load_dataset, merge_labelled
 from plates.logistic import STRENGTHS, fit_logistic, mask_folds
 from ray_jobs import train as train_job
@@ -74,6 +75,22 @@ def assert_same_outcome(run: Path, other: Path, tolerance: float) -> None:
     assert load_bundle(run / "checkpoint").preprocessing == load_bundle(other / "checkpoint").preprocessing
     for name in SETTINGS:
         assert read(run)[2][name] == read(other)[2][name]
+
+
+def test_a_search_doubts_the_labels_that_held_out_images_speak_against(searched):
+    table = pd.read_csv(searched / "out_of_fold.csv")
+    means = {name: table.loc[table["label"] == name, f"p_{name}"].mean() for name in ("cleaned", "dirty")}
+    other = {"cleaned": "dirty", "dirty": "cleaned"}
+    doubtful = [
+        (row["p_" + row["label"]], row["path"], other[row["label"]])
+        for row in table.to_dict("records")
+        if row["p_" + other[row["label"]]] >= max(means[other[row["label"]]], row["p_" + row["label"]])
+    ]
+    path = searched / "data_issues.csv"
+    found = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=DATA_COLUMNS)
+    labels = found[found["issue"] == "label"][["label_score", "path", "predicted_label"]]
+    assert [*labels.itertuples(index=False, name=None)] == sorted(doubtful)
+    assert json.loads((searched / "config.json").read_text())["data_check"]["lines"][0].startswith("images: train")
 
 
 def test_a_search_tries_the_recipe_and_every_pass_of_the_trunk(searched):

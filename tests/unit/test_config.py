@@ -12,7 +12,7 @@ MODEL = {
     "backbone", "weights", "trainable", "epochs", "lr", "step_size", "gamma", "global_batch_size", "image_size",
     "seed", "num_views",
 }  # fmt: skip
-SEEN = {"readout", "crop", "resize", "augment", "tta", "head", "class_weights"}
+SEEN = {"readout", "crop", "resize", "augment", "tta", "head", "class_weights", "drop_duplicates"}
 
 FLAGS = {
     "prepare": DATA | {"num_workers", "seed"},
@@ -21,6 +21,7 @@ FLAGS = {
     "predict": DATA | WORKER | {"checkpoint", "tta"},
     "benchmark": DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"},
     "check": {"address", "data", "out", "num_workers", "device"},
+    "check-data": DATA,
 }
 
 

@@ -263,13 +263,37 @@ class CheckConfig(Config):
             raise UserError(f"--address {self.address}: give HOST:PORT, or plates submit check --address URL")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig(Config):
+    """Write one page of every image by class and split, to search and to sort, with what a run says of it.
+
+    plates show --run runs/mine
+    """
+
+    run: str | None = None
+    """Run directory whose predictions and data issues are shown, those that are wrong first."""
+    data: str | None = None
+    """Images, as of the other jobs [default: RUN's, else synthetic]."""
+    out: str | None = None
+    """Directory of the page [default: RUN/show, else runs/show-TIME]. A finished one is never overwritten."""
+    seed: int | None = None
+    """Seed of the drawings and the views [default: RUN's, else 0]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.run and self.out is None:
+            base, mark, query = self.run.partition("?") if "://" in self.run else (self.run, "", "")
+            object.__setattr__(self, "out", f"{base.rstrip('/')}/show{mark}{query}")
+
+
 JOB_CONFIGS = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
     "tune": TuneConfig,
     "predict": PredictConfig,
     "benchmark": BenchmarkConfig,
+    "show": ShowConfig,
     "check": CheckConfig,
     "check-data": CheckDataConfig,
 }
-JobConfig = DataConfig | CheckConfig
+JobConfig = DataConfig | ShowConfig | CheckConfig

@@ -70,6 +70,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "give kaggle:NAME of a competition or kaggle:OWNER/NAME of a data set, as in its address",
     ),
     ("out", bool, "give a directory, or leave the flag out"),
+    ("run", bool, "give the directory of a run"),
     ("checkpoint", bool, "give RUN/checkpoint"),
     ("weights", bool, "give imagenet, none or a file"),
     ("num_workers", lambda count: count == "auto" or count >= 0, "must be auto, 0 or more"),

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -166,6 +166,16 @@ def view_batch(images: Sequence[Tensor], views: Sequence[View], preprocessing: P
     crops = [make_views(image, [view], preprocessing) for image, view in zip(images, views, strict=True)]
     is_flipped = torch.tensor([view.is_flipped for view in views])
     return to_input(torch.cat(crops), move(is_flipped, crops[0].device), preprocessing)
+
+
+def draw_views(
+    image: Tensor, numbers: Iterable[int], seed: int, path: str, preprocessing: Preprocessing, *, is_turned: bool
+) -> list[np.ndarray]:
+    """(S, S, 3) uint8 pictures of an image (3, H, W) uint8, as the model sees it in the views of these numbers."""
+    seen = cut_background(image, preprocessing)
+    size = seen.shape[1:]
+    views = [find_view(preprocessing, number, seed, path, *size, is_turned=is_turned) for number in numbers]
+    return [to_picture(one, preprocessing) for one in view_batch([seen] * len(views), views, preprocessing)]
 
 
 def to_picture(model_input: Tensor, preprocessing: Preprocessing) -> np.ndarray:

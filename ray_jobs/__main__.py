@@ -9,6 +9,7 @@ JOBS = {
     "tune": "sweep lr and StepLR, retrain the winner, report",
     "predict": "batch inference from a checkpoint",
     "benchmark": "the same work on each device and number of workers, as one table",
+    "show": "every image on one page, with what a run says of it",
     "check": "preflight of a cluster, as a table",
     "check-data": "what is odd about a data set",
     "submit": "send any of these to a cluster and follow it",

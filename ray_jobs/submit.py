@@ -42,8 +42,8 @@ def check_paths(config: JobConfig) -> None:
     rule = "a job on a cluster needs an absolute path or a URI that all nodes reach, as /nfs/… or s3://…"
     if config.out is None:
         raise UserError(f"--out is missing: {rule}")
-    for name in ("out", "data", "checkpoint", "weights"):
-        path = getattr(config, name, "none")
+    for name in ("out", "data", "run", "checkpoint", "weights"):
+        path = getattr(config, name, None) or "none"
         is_word_or_uri = path in ("synthetic", "imagenet", "none") or ":" in path
         if not is_word_or_uri and not Path(path).is_absolute():
             raise UserError(f"--{name} {path}: {rule}")

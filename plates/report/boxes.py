@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 
 from plates.foreground import foreground_box
-from plates.report.predictions import encode_thumbnail
+from plates.report.predictions import encode_thumbnail, make_thumbnail
 from plates.rundir import read_csv
 from plates.storage import Place
 
@@ -42,8 +42,7 @@ def draw_box(path: str, picture: np.ndarray) -> dict[str, Any]:
     top, left, height, width = foreground_box(torch.tensor(picture).permute(2, 0, 1)).tolist()
     share = height * width / (picture.shape[0] * picture.shape[1])
     words = "whole image" if share == 1 else f"{share:.0%} of its area"
-    image = Image.fromarray(picture)
-    image.thumbnail((SIDE, SIDE))
+    image = make_thumbnail(picture, SIDE)
     across, down = image.width / picture.shape[1], image.height / picture.shape[0]
     corners = (left * across, top * down, (left + width) * across - 1, (top + height) * down - 1)
     draw = ImageDraw.Draw(image)

@@ -69,7 +69,17 @@ def read_predictions(path: Place) -> pd.DataFrame:
 
 def encode_thumbnail(picture: np.ndarray, *, side: int = 176) -> str:
     """Return a uint8 picture (H, W, 3) as the data URI of a JPEG at most `side` pixels wide and high."""
-    image, buffer = Image.fromarray(picture), io.BytesIO()
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(make_thumbnail(picture, side))).decode("ascii")
+
+
+def make_thumbnail(picture: np.ndarray, side: int) -> Image.Image:
+    """A uint8 picture (H, W, 3) at most `side` pixels wide and high, never enlarged."""
+    image = Image.fromarray(picture)
     image.thumbnail((side, side))
+    return image
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=76, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()

@@ -20,7 +20,7 @@ from plates.train_loop.frozen import labelled_features, train_head
 from plates.train_loop.group import Worker, broadcast, gather, share_of
 from plates.train_loop.shared import SharedFeatures
 from plates.train_loop.task import Predicted, Task, Trained
-from plates.transforms import cut_background, find_view, to_picture, view_batch
+from plates.transforms import draw_views
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,12 @@ def build_model(task: Task) -> Classifier:
 
 def draw_examples(task: Task, num_examples: int = 16) -> list[tuple[np.ndarray, str]]:
     """First views of training images spread over the split: (S, S, 3) uint8 as the model sees them, class name."""
-    dataset, preprocessing = task.dataset, task.preprocessing
+    dataset, preprocessing, drawing = task.dataset, task.preprocessing, task.drawing
+    num_views = len(task.config.train_views)
     step = max(1, len(dataset.train) // num_examples)
     examples = []
     for sample in dataset.train[: step * num_examples : step]:
-        image = cut_background(dataset.source.read(sample.path), preprocessing)
-        drawing, number = task.drawing, task.config.train_views[len(examples) % len(task.config.train_views)]
-        view = find_view(
-            preprocessing, number, drawing.seed, sample.path, *image.shape[1:], is_turned=drawing.is_turned
-        )
-        model_input = view_batch([image], [view], preprocessing)[0]
-        examples.append((to_picture(model_input, preprocessing), dataset.classes[sample.label or 0]))
+        image, number = dataset.source.read(sample.path), task.config.train_views[len(examples) % num_views]
+        pictures = draw_views(image, [number], drawing.seed, sample.path, preprocessing, is_turned=drawing.is_turned)
+        examples.append((pictures[0], dataset.classes[sample.label or 0]))
     return examples

@@ -20,6 +20,7 @@ FLAGS = {
     "tune": DATA | WORKER | MODEL | SEEN | {"search", "budget_s", "num_trials", "folds", "cv_repeats"},
     "predict": DATA | WORKER | {"checkpoint", "tta"},
     "benchmark": DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"},
+    "show": {"run", "data", "out", "seed"},
     "check": {"address", "data", "out", "num_workers", "device"},
     "check-data": DATA,
 }

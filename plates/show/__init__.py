@@ -4,8 +4,9 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jinja2
 import numpy as np
@@ -14,12 +15,14 @@ from markupsafe import Markup
 
 from plates import report
 from plates.config import TrainConfig
-from plates.dataset import Dataset, Samples, Skipped
+from plates.data_issues import find_issues
+from plates.dataset import Dataset, Samples, Seen, Skipped
 from plates.images import UnreadableImageError
+from plates.looks import Look
 from plates.model import preprocessing_of
 from plates.report.predictions import encode_thumbnail
 from plates.rundir import write_atomically
-from plates.show.findings import NAMES, SCORES, Run, add_findings
+from plates.show.findings import NAMES, SCORES, Run, add_issues, add_predictions, read_issues
 from plates.show.sheets import COLUMNS, PER_SHEET, SIDE, Size, write_sheets
 from plates.sources import FolderSource
 from plates.storage import Place
@@ -28,6 +31,8 @@ from plates.transforms import Preprocessing, draw_views
 SPLITS = ("train", "val", "test")
 NUM_EXAMPLES, NUM_VIEWS = 6, 8  # training images whose views are shown, and how many of each
 VIEW_SIDE = 112  # px
+
+Looked: TypeAlias = tuple[Look, Size] | UnreadableImageError  # as `write_sheets` yields it
 
 
 def write_page(out: Place, dataset: Dataset, run: Run | None, *, title: str, seed: int) -> list[Skipped]:
@@ -39,15 +44,17 @@ def write_page(out: Place, dataset: Dataset, run: Run | None, *, title: str, see
     """
     splits = [getattr(dataset, split) for split in SPLITS]
     images = list_images(splits, dataset.classes)
-    images = add_findings(images, run.place) if run else images
-    sizes = [*write_sheets(out / "thumbnails", dataset, splits)]
+    looked = [*write_sheets(out / "thumbnails", dataset, splits)]
     skipped = [
-        Skipped(path, split, str(size))
-        for path, split, size in zip(images["path"], images["split"], sizes, strict=True)
-        if isinstance(size, UnreadableImageError)
+        Skipped(path, split, str(one))
+        for path, split, one in zip(images["path"], images["split"], looked, strict=True)
+        if isinstance(one, UnreadableImageError)
     ]
+    images = add_predictions(images, run.place) if run else images
+    issues = find_issues(dataset, sort_looks(splits, looked), skipped).table
+    images = add_issues(images, pd.concat([issues, read_issues(run.place)]) if run else issues)
     page = render_page(
-        describe(images, sizes, dataset),
+        describe(images, looked, dataset),
         title=title,
         run=run.place.name if run else None,
         counts={split: len(samples) for split, samples in zip(SPLITS, splits, strict=True) if samples},
@@ -66,21 +73,35 @@ def list_images(splits: Sequence[Samples], classes: Sequence[str]) -> pd.DataFra
     return pd.DataFrame({"path": paths, "split": [split for split, _ in samples], "label": labels}, dtype=object)
 
 
-def describe(
-    images: pd.DataFrame, sizes: Sequence[tuple[Size, Size] | UnreadableImageError], dataset: Dataset
-) -> dict[str, Any]:
+def sort_looks(splits: Sequence[Samples], looked: Sequence[Looked]) -> dict[str, Seen]:
+    """What was seen of each split's images, which are looked at in turn."""
+    looks = iter([Look(b"") if isinstance(one, UnreadableImageError) else one[0] for one in looked])
+    seen = {}
+    for split, samples in zip(SPLITS, splits, strict=True):
+        own = [*islice(looks, len(samples))]
+        if own:
+            digests = [look.digest or None for look in own]
+            seen[split] = Seen(samples.with_digests(digests), np.array([look.kept for look in own]))
+    return seen
+
+
+def describe(images: pd.DataFrame, looked: Sequence[Looked], dataset: Dataset) -> dict[str, Any]:
     """What the script shows, as columns in the images' order; a class or a split is its number in a list."""
     predicted = images["predicted"].dropna() if "predicted" in images else ()
     names = [*dict.fromkeys([*dataset.classes, *predicted])]
     root = dataset.source.root if isinstance(dataset.source, FolderSource) else None
-    unread = {index: str(size) for index, size in enumerate(sizes) if isinstance(size, UnreadableImageError)}
+    unread = {index: str(one) for index, one in enumerate(looked) if isinstance(one, UnreadableImageError)}
+    sizes = [
+        None if isinstance(one, UnreadableImageError) else [one[0].kept[["width", "height"]].item(), one[1]]
+        for one in looked
+    ]
     columns = [column for column in ("probability", "loss", *SCORES) if column in images]
     return {
         "path": images["path"].tolist(),
         "split": number_in(SPLITS, images["split"]),
         "label": number_in(names, images["label"]),
         "predicted": number_in(names, images.get("predicted", images["label"].map(lambda _: None))),
-        "sizes": [None if index in unread else size for index, size in enumerate(sizes)],
+        "sizes": sizes,
         "reason": unread,
         **{name: lists_in(images.get(name, ())) for name in NAMES},
         "figures": {name: round_column(images[name]) for name in columns if images[name].notna().any()},

@@ -41,21 +41,26 @@ def read_run(place: Place) -> Run:
         raise UserError(f"--run {place}: holds no {CONFIG_FILE} of a run; give the directory of one") from error
 
 
-def add_findings(images: pd.DataFrame, run: Place) -> pd.DataFrame:
-    """A table of path and label with what the run says beside them: predicted, probability, loss, SCORES, and NAMES
-    as lists; what is not known is missing."""
+def add_predictions(images: pd.DataFrame, run: Place) -> pd.DataFrame:
+    """A table of path and label with what the run says beside them: predicted, probability and loss; what is not
+    known is missing."""
     by_path, files = images.set_index("path")["label"], ("out_of_fold.csv", "predictions.csv")
     judged = [read_chances(run / name, by_path) for name in files if (run / name).exists()]
     found = pd.concat(judged) if judged else pd.DataFrame(columns=["path", "predicted", "probability", "loss"])
-    images = images.merge(found.drop_duplicates("path"), "left", "path")
-    if not (run / "data_issues.csv").exists():
-        return images
-    texts = dict.fromkeys(("path", "predicted_label", *NAMES), str)
-    issues = read_csv(run / "data_issues.csv", dtype=texts, keep_default_na=False, na_values=[""]).groupby("path")
-    columns = {name: issues[name].min() for name in SCORES}
-    columns |= {name: issues[name].agg(lambda texts: [*dict.fromkeys(texts.dropna())]) for name in NAMES}
-    guessed = images["path"].map(issues["predicted_label"].first())
-    images["predicted"] = images["predicted"].where(images["predicted"].notna(), guessed)
+    return images.merge(found.drop_duplicates("path"), "left", "path")
+
+
+def read_issues(run: Place) -> pd.DataFrame:
+    """data_issues.csv, which alone knows labels in doubt and the duplicates that a run left out; empty without it."""
+    file, texts = run / "data_issues.csv", dict.fromkeys(("path", *NAMES), str)
+    return read_csv(file, dtype=texts, keep_default_na=False, na_values=[""]) if file.exists() else pd.DataFrame()
+
+
+def add_issues(images: pd.DataFrame, issues: pd.DataFrame) -> pd.DataFrame:
+    """A table of path and more with SCORES, and NAMES as lists, of rows as data_issues.csv has them beside it."""
+    by_path = issues.dropna(subset="path").groupby("path")
+    columns = {name: by_path[name].min().astype(float) for name in SCORES}
+    columns |= {name: by_path[name].agg(lambda texts: [*dict.fromkeys(texts.dropna())]) for name in NAMES}
     return images.assign(**{name: images["path"].map(column) for name, column in columns.items()})
 
 

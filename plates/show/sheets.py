@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from plates.dataset import Dataset, Samples, in_threads
 from plates.images import UnreadableImageError
+from plates.looks import Look
 from plates.report.predictions import encode_jpeg, make_thumbnail
 from plates.rundir import write_atomically
 from plates.storage import Place
@@ -23,15 +24,15 @@ Size: TypeAlias = tuple[int, int]  # width and height in pixels
 
 def write_sheets(
     folder: Place, dataset: Dataset, splits: Sequence[Samples]
-) -> Iterator[tuple[Size, Size] | UnreadableImageError]:
+) -> Iterator[tuple[Look, Size] | UnreadableImageError]:
     """Writes 0.jpg, 1.jpg and so on, the splits' images in turn each in the cell of its number.
 
-    Yields the size of each image and of its thumbnail; or why it cannot be read, which leaves its cell grey.
+    Yields what was seen of each image and its thumbnail's size; or why it cannot be read, which leaves its cell grey.
     """
 
-    def look(path: str) -> tuple[Size, Image.Image]:
-        picture = dataset.read_picture(path)
-        return (picture.shape[1], picture.shape[0]), make_thumbnail(picture, SIDE)
+    def look(path: str) -> tuple[Look, Image.Image]:
+        image, seen = dataset.source.read_and_look(path)
+        return seen, make_thumbnail(image.permute(1, 2, 0).numpy(), SIDE)
 
     found = chain.from_iterable(in_threads(look, samples) for samples in splits)
     with tqdm(total=sum(map(len, splits)), desc="thumbnails", unit="image") as bar:

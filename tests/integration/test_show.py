@@ -108,8 +108,8 @@ def test_a_person_finds_what_is_wrong(page_of_run: Path, tab: Any) -> None:
     assert paths(tab) == [wrong]
     tab.get_by_label("Search path or class").fill("")
     for option, expected in [
-        ("wrong", [wrong]), ("flagged", ["train/plain/2.png"]), ("issue: near_duplicate", ["train/plain/2.png"]),
-        ("unreadable", ["test/half.png"]),
+        ("wrong", [wrong]), ("issue: near_duplicate", ["train/plain/2.png"]),
+        ("issue: unreadable", ["test/half.png"]), ("unreadable", ["test/half.png"]),
     ]:  # fmt: skip
         select(tab, "Show", option)
         assert paths(tab) == expected

@@ -155,7 +155,8 @@ def test_an_image_is_enlarged_and_the_keyboard_does_it_all(page_of_run: Path, ta
     assert dialog.is_visible()
     assert title.text_content() == "test/new #0%.png"
     original = tab.locator("#original")
-    tab.wait_for_function("document.getElementById('original').naturalWidth === 56")  # the file itself, not a cut
+    original.evaluate("image => image.decode()")
+    assert original.evaluate("image => image.naturalWidth") == 56  # the file itself, not a cut
     assert original.get_attribute("alt") == "test/new #0%.png, no class known"
     tab.keyboard.press("ArrowLeft")
     assert title.text_content() == "test/half.png"
@@ -213,7 +214,7 @@ def test_of_ten_thousand_images_few_are_on_the_page(tmp_path: Path, tab: Any) ->
     assert 0 < tab.locator(".tile").count() < 100
     last = paths(tab)
     tab.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
-    tab.wait_for_function("[...document.querySelectorAll('.tile')].some(tile => tile.dataset.position === '9999')")
+    tab.locator(".tile[data-position='9999']").wait_for()
     tab.wait_for_load_state("networkidle")
     assert 0 < tab.locator(".tile").count() < 100
     assert paths(tab)[-1] != last[-1]

@@ -28,7 +28,7 @@ from plates.preflight import probe_nodes
 from plates.rundir import find_run, write_atomically
 from plates.sources import FolderSource
 from plates.storage import UriPath, place_of
-from ray_jobs import predict, train, tune
+from ray_jobs import predict, show, train, tune
 
 SMALL = ["--backbone", "resnet18", "--weights", "none", "--image-size", "32", "--epochs", "2", "--precision", "fp32"]
 
@@ -83,6 +83,10 @@ def test_a_run_from_s3_to_s3_is_the_run_on_this_disk(folder, bucket, tmp_path, m
     again = read_csv(f"{bucket}/again/predictions.csv")
     assert list(again["id"]) == list(there["id"])
     assert abs(again["p_dirty"] - there["p_dirty"]).max() < 1e-5
+    assert show.main(["--run", f"{bucket}/a"]) == show.main(["--run", str(tmp_path / "here")]) == 0
+    sheet = UriPath(f"{bucket}/a/show/thumbnails/0.jpg").read_bytes()
+    assert sheet == (tmp_path / "here" / "show" / "thumbnails" / "0.jpg").read_bytes()
+    assert '"folder":null' in UriPath(f"{bucket}/a/show/index.html").read_text()
     said = capfd.readouterr()
     assert "testing-secret" not in said.out + said.err
 

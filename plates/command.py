@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import tyro
 
-from plates.config import EXIT_FAILED, EXIT_USER_ERROR, DataConfig, ShowConfig, UserError
+from plates.config import EXIT_FAILED, EXIT_USER_ERROR, CompareConfig, DataConfig, ShowConfig, UserError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -37,7 +37,7 @@ def run_job(
     before, resume = signal.signal(signal.SIGTERM, signal.default_int_handler), ""
     try:
         config = parse(config_class, sys.argv[1:] if argv is None else argv, prog)
-        if makes_run and isinstance(config, DataConfig | ShowConfig):
+        if makes_run and isinstance(config, DataConfig | ShowConfig | CompareConfig):
             out = config.out or f"runs/{prog.split()[-1]}-{datetime.now():%Y%m%d-%H%M%S-%f}"
             config, resume = replace(config, out=out), f"; the same command with --out {shlex.quote(out)} goes on"
         return job(config)

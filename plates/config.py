@@ -16,6 +16,7 @@ Crop = Literal["none", "foreground"]
 Resize = Literal["squash", "border", "center"]
 Augment = Literal["crop", "dihedral", "both"]
 ClassWeights = Annotated[str, tyro.conf.arg(metavar="none|auto|NAME=W,NAME=W")]
+Tracker = Literal["tensorboard", "mlflow"]
 NumWorkers = Annotated[Literal["auto"] | int, tyro.conf.arg(metavar="auto|N")]
 
 # The published loop is run in full where all its epochs are predicted, from its first ones, to take no longer.
@@ -130,6 +131,9 @@ class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
     class_weights: ClassWeights = "none"
     """How much an image counts in the loss, by class. auto: as much less as its class has more training images;
     NAME=W: as given, 1 of a class not named."""
+    log_to: Tracker | None = None
+    """Curves, figures and settings also go, at the end, to tensorboard (OUT/tensorboard), or to mlflow
+    (MLFLOW_TRACKING_URI, else MLflow's default) with report and checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -286,6 +290,24 @@ class ShowConfig(Config):
             object.__setattr__(self, "out", f"{base.rstrip('/')}/show{mark}{query}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(Config):
+    """Lay finished runs of train, tune and predict side by side: settings, figures, times, curves, predictions.
+
+    plates compare runs/a runs/b
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN RUN …")]
+    """Run directories or URIs."""
+    out: str | None = None
+    """Directory of the comparison [default: runs/compare-TIME]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.runs) < 2:
+            raise UserError(f"RUN {''.join(self.runs) or 'is missing'}: give at least two runs")
+
+
 JOB_CONFIGS = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
@@ -295,5 +317,6 @@ JOB_CONFIGS = {
     "show": ShowConfig,
     "check": CheckConfig,
     "check-data": CheckDataConfig,
+    "compare": CompareConfig,
 }
-JobConfig = DataConfig | ShowConfig | CheckConfig
+JobConfig = DataConfig | ShowConfig | CheckConfig | CompareConfig

@@ -23,6 +23,7 @@ from plates.report import summary_table, write_report
 from plates.storage import cache_root
 from plates.store import limit_size
 from plates.timing import Phases, process_age_s, timing_table
+from plates.tracking import check_tracker, log_run
 from plates.train_loop import draw_examples
 from plates.train_loop.task import Predicted, Task
 from plates.trainer import make_task
@@ -66,6 +67,7 @@ def start(
     info = bundle.info if bundle else {}
     training = settings_of(bundle, cast(PredictConfig, config)) if bundle else cast(TrainConfig, config)
     run, phases = rundir.find_run(config.out, job, config), Phases()
+    check_tracker(training.log_to)
     with phases.measure("data"):
         loaded = load_data()
         dataset = loaded.dataset
@@ -92,6 +94,7 @@ def start(
         "num_workers": plan.num_workers,
         "device": plan.device,
         "precision": precision,
+        "seed": training.seed,  # of drawn plates, also where they are predicted from a checkpoint
         "crop": preprocessing.crop,
         "threads_per_worker": None if plan.uses_whole_nodes else plan.cpus_per_worker,
         "plan": plan.line,
@@ -102,7 +105,7 @@ def start(
     }
     if not bundle:
         resolved |= {
-            **{name: getattr(training, name) for name in ("seed", "trainable", "head", "readout", "augment", "tta")},
+            **{name: getattr(training, name) for name in ("trainable", "head", "readout", "augment", "tta")},
             "num_views": len(training.train_views),
         }
     if training.class_weights != "none":
@@ -179,6 +182,8 @@ def finish(
     rundir.write_results(run, figures | predictions.figures, timing, skipped)
     rundir.update_config(run, **(described or {}))
     report = write_report(run, train_views=examples, read_image=dataset.read_picture)
+    if task.config.log_to:
+        log_run(run, task.config.log_to)
     limit_size(task.cache_root / "features", task.config.cache_gb * 1e9)
     rundir.finish_run(run)
     print(f"{summary_table(run)}\nreport: {report}")

@@ -12,6 +12,7 @@ JOBS = {
     "show": "every image on one page, with what a run says of it",
     "check": "preflight of a cluster, as a table",
     "check-data": "what is odd about a data set",
+    "compare": "finished runs side by side, as a table and a page",
     "submit": "send any of these to a cluster and follow it",
 }
 

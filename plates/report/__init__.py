@@ -69,18 +69,24 @@ def write_report(
         "skipped": show_skipped(read_table(run / "skipped.csv")),
         "settings": config,
     }
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pages.filters |= {"number": format_number, "percent": format_percent, "loss": format_loss}
-    pages.filters |= {"probability": format_probability, "setting": format_setting}
-    page = pages.get_template("report.html.j2").render(
+    return write_page(
+        run / "report.html",
         run=run.name,
         config=config,
         key_figures=list_key_figures(metrics, config, times),
         sections={name: section for name, section in sections.items() if section},
     )
-    write_atomically(run / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
-    return run / "report.html"
+
+
+def write_page(path: Place, **values: Any) -> Place:
+    """Writes what the template of the file's name makes of the values, and returns its path."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"number": format_number, "percent": format_percent, "loss": format_loss}
+    pages.filters |= {"probability": format_probability, "setting": format_setting}
+    page = pages.get_template(f"{path.name}.j2").render(values)
+    write_atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
+    return path
 
 
 def summary_table(run: Place) -> str:

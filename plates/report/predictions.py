@@ -45,7 +45,8 @@ def show_predictions(path: Place, read_image: Callable[[str], np.ndarray]) -> di
 
 
 def read_predictions(path: Place) -> pd.DataFrame:
-    """predictions.csv as path, id, label, and name_K, chance_K: the label, then the next most probable classes.
+    """predictions.csv as path, id, label, and name_K, chance_K: the label, then the next most probable classes; so
+    also out_of_fold.csv, which has no id and the true labels.
 
     Read a piece at a time, since the probabilities of very many classes would fill the memory. Texts stay texts, so
     that an id such as 0001 or a class named NA keeps its spelling.
@@ -60,7 +61,7 @@ def read_predictions(path: Place) -> pd.DataFrame:
         rows = np.arange(len(piece))
         keys = -chances
         keys[rows, pd.Index(names).get_indexer(pd.Index(piece["label"]))] = -np.inf  # before all others
-        part = piece[["path", "id", "label"]]
+        part = piece[[name for name in texts if name in piece]]
         for nth, column in enumerate(np.argsort(keys, axis=1, kind="stable")[:, :NUM_BARS].T):
             part = part.assign(**{f"name_{nth}": names[column], f"chance_{nth}": chances[rows, column]})
         parts.append(part)

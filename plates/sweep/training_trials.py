@@ -60,7 +60,7 @@ def run_training_trials(
     callbacks = [JsonLoggerCallback(), TBXLoggerCallback()]  # a sweep of heads turns Tune's own choice off
     reports = tune_all(trainable, len(schedules), state, callbacks=callbacks, scheduler=scheduler,
                        max_concurrent_trials=num_concurrent)  # fmt: skip
-    for trial in state.iterdir():
+    for trial in state.iterdir() if config.log_to == "tensorboard" else ():
         for file in trial.iterdir() if trial.is_dir() else ():
             if file.name.startswith("events.out.tfevents"):
                 target = task.run / "tensorboard" / trial.name / file.name

@@ -28,7 +28,7 @@ from plates.preflight import probe_nodes
 from plates.rundir import find_run, write_atomically
 from plates.sources import FolderSource
 from plates.storage import UriPath, place_of
-from ray_jobs import predict, show, train, tune
+from ray_jobs import compare, predict, show, train, tune
 
 SMALL = ["--backbone", "resnet18", "--weights", "none", "--image-size", "32", "--epochs", "2", "--precision", "fp32"]
 
@@ -76,7 +76,8 @@ def test_a_run_from_s3_to_s3_is_the_run_on_this_disk(folder, bucket, tmp_path, m
     assert remote == local
     assert train.main([*flags, "--out", f"{bucket}/a"]) == 2
     assert "holds a finished run" in capfd.readouterr().err
-    assert train.main([*flags, "--out", f"{bucket}/b"]) == 0
+    assert train.main([*flags, "--log-to", "tensorboard", "--out", f"{bucket}/b"]) == 0
+    assert [place.suffix for place in UriPath(f"{bucket}/b/tensorboard").iterdir()] == [".plates"]
     assert json.loads(UriPath(f"{bucket}/b/config.json").read_text())["has_reused_features"]
     again = ["--checkpoint", f"{bucket}/a/checkpoint", "--data", f"{bucket}/wrapped/photos/test"]
     assert predict.main([*again, "--precision", "fp32", "--num-workers", "0", "--out", f"{bucket}/again"]) == 0
@@ -87,7 +88,10 @@ def test_a_run_from_s3_to_s3_is_the_run_on_this_disk(folder, bucket, tmp_path, m
     sheet = UriPath(f"{bucket}/a/show/thumbnails/0.jpg").read_bytes()
     assert sheet == (tmp_path / "here" / "show" / "thumbnails" / "0.jpg").read_bytes()
     assert '"folder":null' in UriPath(f"{bucket}/a/show/index.html").read_text()
+    assert compare.main([str(tmp_path / "here"), f"{bucket}/a", "--out", f"{bucket}/compared"]) == 0
     said = capfd.readouterr()
+    assert "Test images: 7 shared, runs disagree on 0" in said.out
+    assert read_csv(f"{bucket}/compared/compare.csv")["run"].tolist() == [str(tmp_path / "here"), f"{bucket}/a"]
     assert "testing-secret" not in said.out + said.err
 
 

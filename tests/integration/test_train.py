@@ -140,8 +140,8 @@ def run_train(*flags: object) -> int:
 
 def test_a_run_writes_all_its_files_and_predict_repeats_them(folder, tmp_path, capsys):
     run, again = tmp_path / "run", tmp_path / "again"
-    assert run_train("--data", folder, "--out", run, "--class-weights", "auto") == 0
-    assert {path.name for path in run.iterdir()} == RUN_FILES
+    assert run_train("--data", folder, "--out", run, "--class-weights", "auto", "--log-to", "tensorboard") == 0
+    assert {path.name for path in run.iterdir()} == RUN_FILES | {"tensorboard"}
     config = json.loads((run / "config.json").read_text())
     assert config["status"] == "finished"
     assert (config["backbone"], config["num_workers"], config["seed"]) == ("resnet18", 0, 0)

@@ -155,13 +155,15 @@ def test_trials_that_train_the_trunk_run_side_by_side_on_all_cpus(tmp_path, ray_
     """The workers of two trials take all CPUs: they must not wait for one that a trial's own process holds."""
     run = tmp_path / "run"
     flags = [*TRUNK, "--data", "synthetic:12", "--epochs", "1", "--cv-repeats", "1", "--num-trials", "2"]
+    flags += ["--log-to", "tensorboard"]
     with watching(run) as watched:
         assert tune_job.main([*flags, "--out", str(run)]) == 0
     assert max(len({trial for trial, _ in at_work}) for at_work in watched.result()) == 2
     trials = pd.read_csv(run / "trials.csv")
     assert trials["num_folds"].tolist() == [2, 2]
     assert not list(run.glob(".*"))
-    assert list((run / "tensorboard").glob("*/events.out.tfevents*"))
+    assert list((run / "tensorboard").glob("*/events.out.tfevents*")), "of each trial"
+    assert list((run / "tensorboard").glob("events.out.tfevents*")), "of the winner"
     assert len(pd.read_csv(run / "predictions.csv")) == 12
     told = capsys.readouterr().out
     assert "2 trials at a time, each on 1 Ray worker of 2 CPUs" in told

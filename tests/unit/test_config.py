@@ -13,16 +13,18 @@ MODEL = {
     "seed", "num_views",
 }  # fmt: skip
 SEEN = {"readout", "crop", "resize", "augment", "tta", "head", "class_weights", "drop_duplicates"}
+TRACKED = {"log_to"}
 
 FLAGS = {
     "prepare": DATA | {"num_workers", "seed"},
-    "train": DATA | WORKER | MODEL | SEEN,
-    "tune": DATA | WORKER | MODEL | SEEN | {"search", "budget_s", "num_trials", "folds", "cv_repeats"},
+    "train": DATA | WORKER | MODEL | SEEN | TRACKED,
+    "tune": DATA | WORKER | MODEL | SEEN | TRACKED | {"search", "budget_s", "num_trials", "folds", "cv_repeats"},
     "predict": DATA | WORKER | {"checkpoint", "tta"},
     "benchmark": DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"},
     "show": {"run", "data", "out", "seed"},
     "check": {"address", "data", "out", "num_workers", "device"},
     "check-data": DATA,
+    "compare": {"runs", "out"},
 }
 
 

@@ -68,7 +68,7 @@ def find_issues(
     ranks = table["issue"].map({kind: rank for rank, kind in enumerate(KINDS)})
     table = table.iloc[np.argsort(ranks.to_numpy(int), kind="stable")].reset_index(drop=True)[COLUMNS]
     lines = [tell_counts(counts), *tell_issues(table, images), *tell_imbalance(counts)]
-    return Issues(table, counts, [*lines, *tell_unseen(images, dataset.source)])
+    return Issues(table, counts, [*lines, *tell_unseen(images, skipped, dataset.source)])
 
 
 def list_images(classes: Sequence[str], seen: dict[str, Seen]) -> pd.DataFrame:
@@ -94,8 +94,8 @@ def count_images(images: pd.DataFrame) -> dict[str, dict[str, int]]:
     """By split and class, of the test split without labels by split alone, under the name of no class."""
     names = images["given_label"].fillna("")
     return {
-        split: {str(name): int(count) for name, count in names[indices].value_counts(sort=False).sort_index().items()}
-        for split, indices in images.groupby("split", sort=False).groups.items()
+        str(split): {str(name): len(rows) for name, rows in of_split.groupby(names)}
+        for split, of_split in images.groupby("split", sort=False)
     }
 
 
@@ -181,7 +181,7 @@ def doubt_labels(out_of_fold: pd.DataFrame | None, images: pd.DataFrame) -> pd.D
     whose probability reaches its mean over the images that have it as label. The score is the label's probability."""
     if out_of_fold is None:
         return None
-    names = np.array([column[2:] for column in out_of_fold if column.startswith("p_")], object)
+    names = np.array([column[2:] for column in out_of_fold.columns if column.startswith("p_")], object)
     chances = out_of_fold[[f"p_{name}" for name in names]].to_numpy(float)  # (N, C)
     given = pd.Index(names).get_indexer(pd.Index(out_of_fold["label"]))
     own = chances[np.arange(len(given)), given]
@@ -231,13 +231,15 @@ def tell_imbalance(counts: dict[str, dict[str, int]]) -> list[str]:
     labelled = pd.DataFrame([counts.get("train", {}), counts.get("val", {})]).sum()
     if not len(labelled) or labelled.min() * IMBALANCE >= labelled.max():
         return []
-    least, most = (f"{name} {labelled[name]:.0f}" for name in (labelled.idxmin(), labelled.idxmax()))
+    ordered = labelled.sort_values()
+    least, most = (f"{ordered.index[at]} {ordered.iloc[at]:.0f}" for at in (0, -1))
     return [f"classes are uneven: {least}, {most}; --class-weights auto weighs them alike"]
 
 
-def tell_unseen(images: pd.DataFrame, source: Source) -> list[str]:
+def tell_unseen(images: pd.DataFrame, skipped: Sequence[Skipped], source: Source) -> list[str]:
     """Nothing of drawings, of which no two are alike."""
-    num_unseen = ((images["digest"] >= 0) & (images["width"] == 0)).sum()
+    is_unseen = (images["digest"] >= 0) & (images["width"] == 0)
+    num_unseen = (is_unseen & ~images["path"].isin([one.path for one in skipped])).sum()
     if not num_unseen or isinstance(source, SyntheticSource):
         return []
     return [f"not decoded: {num_unseen} images, of which only exact duplicates are told; plates check-data tells all"]

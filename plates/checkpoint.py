@@ -12,29 +12,35 @@ from torch import Tensor
 from plates.backbones import OWN_READOUT, find_backbone
 from plates.config import UserError
 from plates.model import Classifier, assemble
+from plates.reference import Reference
 from plates.rundir import write_atomically, write_json
 from plates.storage import Place
 from plates.transforms import Preprocessing
 
-MODEL_FILE, INFO_FILE, FORMAT = "model.safetensors", "model.json", 1
+MODEL_FILE, INFO_FILE, REFERENCE_FILE, FORMAT = "model.safetensors", "model.json", "reference.safetensors", 1
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """All that prediction needs: tensors of trunk and head, classes, preprocessing."""
+    """All that prediction needs: tensors of trunk and head, classes, preprocessing; and training images to compare
+    with, None of a bundle without them."""
 
     backbone: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     state: dict[str, Tensor]
     info: dict[str, Any]
+    reference: Reference | None = None
 
 
 def save_bundle(folder: Place, bundle: Bundle) -> None:
-    """Writes model.safetensors and model.json; the JSON last, so that its presence means a whole bundle."""
+    """Writes the tensors and model.json; the JSON last, so that its presence means a whole bundle."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in bundle.state.items()}
     write_atomically(folder / MODEL_FILE, lambda file: save_file(state, file))
+    if bundle.reference:
+        tensors = {name: value.contiguous() for name, value in vars(bundle.reference).items()}
+        write_atomically(folder / REFERENCE_FILE, lambda file: save_file(tensors, file))
     preprocessing = bundle.preprocessing.to_dict()
     described = {"backbone": bundle.backbone, "classes": bundle.classes, "preprocessing": preprocessing}
     write_json(folder / INFO_FILE, {"format": FORMAT, **described, **bundle.info})
@@ -45,10 +51,12 @@ def load_bundle(folder: Place) -> Bundle:
     try:
         info = json.loads((folder / INFO_FILE).read_text())
         state = load((folder / MODEL_FILE).read_bytes())
+        has_reference = (folder / REFERENCE_FILE).exists()
+        reference = Reference(**load((folder / REFERENCE_FILE).read_bytes())) if has_reference else None
         if (found := info["format"]) != FORMAT:
             raise UserError(f"--checkpoint {folder}: format {found} is not {FORMAT}, which this version reads")
         preprocessing = Preprocessing.from_dict(info["preprocessing"])
-        bundle = Bundle(info["backbone"], tuple(info["classes"]), preprocessing, state, info)
+        bundle = Bundle(info["backbone"], tuple(info["classes"]), preprocessing, state, info, reference)
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name if error.filename else MODEL_FILE
         raise UserError(f"--checkpoint {folder}: holds no {missing}; give RUN/checkpoint") from error

@@ -225,6 +225,12 @@ class PredictConfig(WorkerConfig, DataConfig):
     """RUN/checkpoint of a finished training run."""
     tta: int | None = None
     """Views that a prediction averages [default: as the checkpoint was trained with]."""
+    abstain_below: float | None = None
+    """An image gets the label unsure where its most probable class has less than this probability, 0.5 to 1, but for
+    submission.csv [default: every image gets a class]."""
+    explain: bool = False
+    """Show what decided: in explained/ and the report the least and the most confident images, and wrong ones, under
+    the map of what speaks for the predicted class."""
     skip_unreadable: bool = False
     """Changes nothing here: images to predict that cannot be read are always left out, listed in skipped.csv, and
     end the job with exit code 3."""

@@ -239,6 +239,11 @@ def look_over(splits: dict[str, Samples], look: Callable[[str], Look]) -> tuple[
     return seen, skipped
 
 
+def count_classes(samples: Samples, classes: Sequence[str]) -> dict[str, int]:
+    """How many of the samples, which all have a label, each class has."""
+    return dict(zip(classes, torch.bincount(samples.labels, minlength=len(classes)).tolist(), strict=True))
+
+
 def leave_out(dataset: Dataset, skipped: Sequence[Skipped], skip_unreadable: bool) -> Dataset:
     """The data set without labelled images that cannot be read.
 

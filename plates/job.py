@@ -14,12 +14,14 @@ from plates.checkpoint import Bundle, save_bundle
 from plates.cluster import Plan, plan_job
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PredictConfig, TrainConfig, UserError
 from plates.data_issues import drop_duplicates, find_issues
-from plates.dataset import Dataset, Seen, Skipped, check_dataset, load_dataset, look_over
+from plates.dataset import Dataset, Seen, Skipped, check_dataset, count_classes, load_dataset, look_over
 from plates.device import decide_precision
 from plates.model import Weights, assemble, preprocessing_of
-from plates.predict import print_skipped, tabulate_predictions, write_predictions
+from plates.predict import explain, list_answers, print_skipped, tabulate_predictions, write_predictions
 from plates.preflight import check_nodes
 from plates.report import summary_table, write_report
+from plates.report.card import write_card
+from plates.report.explained import FOLDER
 from plates.storage import cache_root
 from plates.store import limit_size
 from plates.timing import Phases, process_age_s, timing_table
@@ -44,7 +46,7 @@ class LoadedData:
 @dataclass(frozen=True)
 class Started:
     """A run with its directory: its task, and the workers for it; `resolved` is what its settings came to, `told`
-    what was said of its data."""
+    what was said of its data, and `bundle` the model to predict with, None where one is trained."""
 
     task: Task
     plan: Plan
@@ -52,6 +54,7 @@ class Started:
     told: list[str]
     resolved: dict[str, Any]
     phases: Phases
+    bundle: Bundle | None
 
 
 def start(
@@ -107,6 +110,9 @@ def start(
         resolved |= {
             **{name: getattr(training, name) for name in ("trainable", "head", "readout", "augment", "tta")},
             "num_views": len(training.train_views),
+            "weights_license": weights.license,
+            "num_train_by_class": count_classes(dataset.train, dataset.classes),
+            "num_val_by_class": count_classes(val, dataset.classes) if val else None,
         }
     if training.class_weights != "none":
         resolved["class_weights"] = dict(zip(dataset.classes, class_weights, strict=True))
@@ -115,7 +121,7 @@ def start(
     print("\n".join(filter(None, said)), flush=True)
     phases.seconds["startup"] = process_age_s() - phases.seconds["data"]
     task = make_task(training, dataset, weights, preprocessing, precision, run)
-    return Started(task, plan, loaded, told, resolved, phases)
+    return Started(task, plan, loaded, told, resolved, phases, bundle)
 
 
 def load_labelled(config: TrainConfig, prepare: Callable[[Dataset], Dataset] = lambda dataset: dataset) -> LoadedData:
@@ -153,6 +159,9 @@ def finish(
     figures: dict[str, float | int],
     state: dict[str, Tensor] | None = None,
     *,
+    val_logits: Tensor | None = None,
+    is_explained: bool = True,
+    abstain_below: float | None = None,
     tables: dict[str, pd.DataFrame] | None = None,
     described: dict[str, Any] | None = None,
 ) -> int:
@@ -160,18 +169,27 @@ def finish(
 
     Args:
         state: of the model that was trained.
+        val_logits: (M, C) of the validation split, where there is one.
+        is_explained: whether to show what decided; of a model to predict with, in files, too.
+        abstain_below: as `tabulate_predictions` has it.
         tables: of this job alone, by file name.
         described: more for config.json.
     """
     task, phases = started.task, started.phases
     run, dataset = task.run, task.dataset
-    examples = []
+    bundle, examples = started.bundle, []
     if state:
         info = {**started.resolved, "metrics": figures}
-        bundle = Bundle(task.weights.backbone, dataset.classes, task.preprocessing, state, info)
+        bundle = Bundle(task.weights.backbone, dataset.classes, task.preprocessing, state, info, predicted.reference)
         save_bundle(run / "checkpoint", bundle)
         examples = draw_examples(task)
-    predictions = tabulate_predictions(predicted, dataset)
+    predictions = tabulate_predictions(predicted, dataset, abstain_below)
+    explained = None
+    if bundle and is_explained:
+        answers = [predictions.answers]
+        answers += [list_answers(dataset.val, val_logits, dataset.classes)] if val_logits is not None else []
+        folder = run / FOLDER if started.bundle else None
+        explained = explain(task, bundle, pd.concat(answers, ignore_index=True), folder)
     skipped = [*started.loaded.skipped, *predictions.skipped]
     if started.loaded.seen:
         write_issues(started, predicted, skipped, (tables or {}).get("out_of_fold.csv"))
@@ -181,7 +199,9 @@ def finish(
     write_predictions(run, predictions)
     rundir.write_results(run, figures | predictions.figures, timing, skipped)
     rundir.update_config(run, **(described or {}))
-    report = write_report(run, train_views=examples, read_image=dataset.read_picture)
+    if state:
+        write_card(run)
+    report = write_report(run, train_views=examples, read_image=dataset.read_picture, explained=explained)
     if task.config.log_to:
         log_run(run, task.config.log_to)
     limit_size(task.cache_root / "features", task.config.cache_gb * 1e9)

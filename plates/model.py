@@ -22,6 +22,7 @@ class Weights:
     state: dict[str, Tensor]
     source: str
     reason: str
+    license: str | None = None  # as the Hugging Face hub names it, None where it is not known
 
 
 class Classifier(nn.Module):

@@ -47,24 +47,29 @@ def run_stages(trunk: Any, batch: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]
 
 def pool(final: Tensor, own: Tensor, stages: list[Tensor], part: str, pooling: str) -> Tensor:
     """(B, F) float32 of one part."""
+    if part == "last" and pooling == "avg":
+        return own.float()
+    if part == "last" and final.dim() == 4 and pooling == "patches":
+        raise ValueError("last/patches: the backbone is no ViT")
+    if pooling == "token":
+        return final[:, 0].float()
+    found = find_map(final, stages, part)
+    return found.float().flatten(2).mean(2) if pooling != "max" else found.flatten(2).amax(2).float()
+
+
+def find_map(final: Tensor, stages: list[Tensor], part: str) -> Tensor:
+    """(B, F, h, w) that a part's poolings pool; the patches of a transformer's tokens."""
     if part == "last":
-        if pooling == "avg":
-            return own.float()
-        if final.dim() == 3:  # tokens: those before the patches are the class's
-            num_first = final.shape[1] - stages[-1].shape[-1] * stages[-1].shape[-2]
-            if pooling == "token":
-                return final[:, 0].float()
-            final = final[:, num_first:].mT[..., None]
-        elif pooling == "patches":
-            raise ValueError("last/patches: the backbone is no ViT")
-    elif part == "pre":
-        final = stages[-1]
-    else:
-        number = int(part.removeprefix("stage"))
-        if number > len(stages):
-            raise ValueError(f"{part}: the backbone has {len(stages)} stages")
-        final = stages[number - 1]
-    return final.float().flatten(2).mean(2) if pooling != "max" else final.flatten(2).amax(2).float()
+        if final.dim() == 4:
+            return final
+        height, width = stages[-1].shape[-2:]
+        return final[:, final.shape[1] - height * width :].mT.unflatten(2, (height, width))  # after the class's
+    if part == "pre":
+        return stages[-1]
+    number = int(part.removeprefix("stage"))
+    if number > len(stages):
+        raise ValueError(f"{part}: the backbone has {len(stages)} stages")
+    return stages[number - 1]
 
 
 @torch.inference_mode()

@@ -84,6 +84,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda weights: weights in ("none", "auto") or bool(parse_class_weights(weights)),
         "give none, auto or NAME=W,NAME=W,… with each W from 0.000001 to 1000000 and no class twice",
     ),
+    ("abstain_below", lambda chance: 0.5 <= chance <= 1, "must be 0.5 to 1"),
     ("seed", lambda seed: 0 <= seed < 2**32, "must be 0 to 4294967295"),
     ("folds", lambda count: count >= 2, "must be at least 2"),
     *((name, lambda count: count >= 1, "must be at least 1") for name in AT_LEAST_1),

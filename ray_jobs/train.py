@@ -28,6 +28,7 @@ def train(config: TrainConfig) -> int:
         trained.predicted,
         figures,
         trained.state,
+        val_logits=trained.val_logits,
         tables={"history.csv": pd.DataFrame(trained.history)},
         described={"has_reused_features": trained.has_reused_features, "timing": pace},
     )

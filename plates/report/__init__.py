@@ -39,13 +39,18 @@ LINES = {"train": ("train", "--"), "val": ("accent", "-"), "lr": ("muted", "-")}
 
 
 def write_report(
-    run: Place, *, train_views: Sequence[tuple[np.ndarray, str]], read_image: Callable[[str], np.ndarray]
+    run: Place,
+    *,
+    train_views: Sequence[tuple[np.ndarray, str]],
+    read_image: Callable[[str], np.ndarray],
+    explained: dict[str, Any] | None = None,
 ) -> Place:
     """Write `run/report.html`, one page that needs no other file, and return its path.
 
     train_views: uint8 pictures (H, W, 3) as the model sees them in training, each with its label's text.
     read_image: the uint8 picture (H, W, 3) at a `path` of predictions.csv; where it raises OSError the page
     leaves that picture out and says so.
+    explained: what `explain_answers` gives, or the reason why nothing is explained.
     """
     config, metrics = (read_json(run / name) for name in ("config.json", "metrics.json"))
     timing = read_table(run / "timing.csv")
@@ -60,6 +65,7 @@ def write_report(
         "curves": show_curves(read_table(run / "history.csv")),
         "scores": show_scores(metrics, config),
         "boxes": show_boxes(run, config, read_image),
+        "explained": explained,
         "predictions": show_predictions(run / "predictions.csv", read_image),
         "views": [
             {"uri": encode_thumbnail(picture), "alt": f"training view, label {label}", "title": label}
@@ -155,6 +161,10 @@ def list_key_figures(metrics: dict[str, Any], config: dict[str, Any], times: dic
     images, num_unreadable = score_split(metrics, config, "test")["images"], metrics.get("test/num_unreadable")
     if images is not None:
         figures.append(("Test images", str(images), f"{num_unreadable} unreadable" if num_unreadable else ""))
+    if is_number(num_unsure := metrics.get("test/num_unsure")):
+        accuracy = metrics.get("test/selective_accuracy")
+        remark = f"accuracy of the others {format_percent(accuracy)}" if is_number(accuracy) else ""
+        figures.append(("Unsure", str(num_unsure), remark))
     if times:
         total_s, rate = times["total_s"], times["inference_images_per_sec"]
         remark = f"inference {rate:.1f} images/s" if is_number(rate) else ""

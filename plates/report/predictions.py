@@ -14,6 +14,7 @@ from plates.storage import Place
 NUM_BARS = 3  # classes whose probabilities a picture shows
 ROWS_PER_PIECE = 500
 MAX_TOTALS = 20
+FAR = 0.95  # of distance_quantile
 NUM_SPREAD, NUM_EXTREME = 24, 8  # pictures of a grid
 
 
@@ -27,6 +28,9 @@ def show_predictions(path: Place, read_image: Callable[[str], np.ndarray]) -> di
     even = np.linspace(0, len(table) - 1, min(NUM_SPREAD, len(table))).round().astype(int).tolist()
     picks = {"Evenly spaced by path": even, "Most confident": ranked[:NUM_EXTREME]}
     picks["Least confident"] = ranked[::-1][:NUM_EXTREME]
+    far = table.get("distance_quantile", pd.Series(dtype=float)).sort_values(ascending=False, kind="stable")
+    title = f"Farther from the training images than {FAR:.0%} of these from each other"
+    picks[title] = far[far > FAR].index[:NUM_EXTREME].tolist()
     pictures, missing = {}, {}
     for index in dict.fromkeys(index for indices in picks.values() for index in indices):
         row = table.loc[index]
@@ -45,8 +49,8 @@ def show_predictions(path: Place, read_image: Callable[[str], np.ndarray]) -> di
 
 
 def read_predictions(path: Place) -> pd.DataFrame:
-    """predictions.csv as path, id, label, and name_K, chance_K: the label, then the next most probable classes; so
-    also out_of_fold.csv, which has no id and the true labels.
+    """predictions.csv as path, id, label, distance_quantile where there is one, and name_K, chance_K: the label, then
+    the next most probable classes; so also out_of_fold.csv, which has no id and the true labels.
 
     Read a piece at a time, since the probabilities of very many classes would fill the memory. Texts stay texts, so
     that an id such as 0001 or a class named NA keeps its spelling.
@@ -60,8 +64,9 @@ def read_predictions(path: Place) -> pd.DataFrame:
         chances = piece[[f"p_{name}" for name in names]].to_numpy(dtype=float)  # (rows, C)
         rows = np.arange(len(piece))
         keys = -chances
-        keys[rows, pd.Index(names).get_indexer(pd.Index(piece["label"]))] = -np.inf  # before all others
-        part = piece[[name for name in texts if name in piece]]
+        of_label = pd.Index(names).get_indexer(pd.Index(piece["label"]))  # -1 of the label unsure
+        keys[rows[of_label >= 0], of_label[of_label >= 0]] = -np.inf  # before all others
+        part = piece[[name for name in (*texts, "distance_quantile") if name in piece]]
         for nth, column in enumerate(np.argsort(keys, axis=1, kind="stable")[:, :NUM_BARS].T):
             part = part.assign(**{f"name_{nth}": names[column], f"chance_{nth}": chances[rows, column]})
         parts.append(part)

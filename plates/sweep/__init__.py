@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import pandas as pd
@@ -68,7 +69,8 @@ def sweep_training(task: Task, folds: Folds, plan: Plan) -> Swept:
             "run": state / f"retrained-{trial}",
             "submitted_at": time.time(),
         }
-        retrained[trial] = run_loop(train, replace(task, **changes), plan)
+        loop = partial(train, has_reference=trial == winner)
+        retrained[trial] = run_loop(loop, replace(task, **changes), plan)
     best = retrained[winner]
     train_s = trials_s + sum(trained.timings[0]["train_s"] for trained in retrained.values())
     best.timings[0] |= {"train_s": train_s, "num_train_images": None}

@@ -20,6 +20,7 @@ from plates.head import FIGURES, HeadSettings, score_heads
 from plates.logistic import fit_logistic, logits_of_folds, mask_folds, temperature
 from plates.model import Classifier, preprocessing_of
 from plates.readouts import count_features, readouts_to_search
+from plates.reference import Reference, spread_evenly
 from plates.sweep.head_trials import HeadSweep, Scored, run_head_trials
 from plates.sweep.readout_trials import Pass
 from plates.sweep.scores import Folds, Schedule, Swept, draw_schedules, summarize, tabulate_trials
@@ -72,11 +73,17 @@ def search_all(task: Task, folds: Folds, plan: Plan) -> Swept:
     figures = summarize(results, settings, trials)
     chosen = settings[figures["winner/trial"]]
     by_name = {name_pass(found.settings): found for found in passes}
-    winner = fit_winner(sweep, None if chosen["head"] == "adam" else by_name[name_pass(chosen)], chosen)
+    found = None if chosen["head"] == "adam" else by_name[name_pass(chosen)]
+    winner = fit_winner(sweep, found, chosen)
     baseline = sweep.fit([HeadSettings(**draw_schedules(config)[0], indices=range(len(labels)))])
     train_s = time.perf_counter() - start_s
     model, winning = assemble_winner(task, winner)
-    bundle = Bundle(task.weights.backbone, task.dataset.classes, winning.preprocessing, model.state_dict(), chosen)
+    # The first view of a pass is the image as it is; what adam was fitted on is stored.
+    as_is = found and found.features[0, spread_evenly(len(labels)), found.columns[chosen["readout"]]]
+    reference = None if as_is is None else Reference.of(as_is)
+    bundle = Bundle(
+        task.weights.backbone, task.dataset.classes, winning.preprocessing, model.state_dict(), chosen, reference
+    )
     predicted = run_loop(partial(predict, bundle), replace(winning, submitted_at=time.time()), plan)
     predicted.timings[0] |= {"train_s": train_s, "num_train_images": None}
     print(*notes, sep="\n", end="\n" * bool(notes), flush=True)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -103,7 +104,7 @@ def score_folds(task: Task, folds: Folds, schedule: Schedule, plan: Plan, folder
         if not file.exists():
             dataset = replace(task.dataset, train=samples.take(kept), val=samples.take(held), test=Samples.of())
             fold = replace(task, config=replace(task.config, **schedule), dataset=dataset, run=folder / f"{index}")
-            logits = run_loop(train, fold, plan).val_logits
+            logits = run_loop(partial(train, has_reference=False), fold, plan).val_logits
             write_json(file, score_images(logits, dataset.val.labels).tolist())
             remove_tree(fold.run)
         scores = np.array(json.loads(file.read_text()), dtype=float)  # (2, n), null where infinite

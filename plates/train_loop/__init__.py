@@ -13,10 +13,11 @@ from plates.checkpoint import Bundle, rebuild_model
 from plates.cluster import this_node
 from plates.device import set_up_process
 from plates.model import Classifier, build_classifier
+from plates.reference import Reference
 from plates.samples import Samples
 from plates.timing import Phases, device_name, rate
 from plates.train_loop.end_to_end import train_end_to_end
-from plates.train_loop.frozen import labelled_features, train_head
+from plates.train_loop.frozen import labelled_features, make_reference, train_head
 from plates.train_loop.group import Worker, broadcast, gather, share_of
 from plates.train_loop.shared import SharedFeatures
 from plates.train_loop.task import Predicted, Task, Trained
@@ -73,9 +74,12 @@ class Clock:
         return gather(row)
 
 
-def train(task: Task, worker: Worker) -> Trained | None:
+def train(task: Task, worker: Worker, *, has_reference: bool = True) -> Trained | None:
     """Trains, and predicts the test split, on one worker of the group. Every worker takes part; rank 0 returns the
-    result, the others None."""
+    result, the others None.
+
+    has_reference: whether the model is to be kept, with training images to compare others with.
+    """
     clock = Clock(task, worker)
     model = build_model(task)
     if task.config.trainable == "head":
@@ -85,7 +89,9 @@ def train(task: Task, worker: Worker) -> Trained | None:
     else:
         fitted = train_end_to_end(task, worker, model, clock.phases)
         shared = SharedFeatures(task, worker, model.trunk, is_trained=True)
-    predicted = predict_test(clock, shared, model, fitted.num_images)
+    with clock.phases.measure("train"):
+        reference = make_reference(task, shared) if has_reference else None
+    predicted = predict_test(clock, shared, model, fitted.num_images, reference)
     if predicted is None or fitted.val_logits is None:
         return None
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
@@ -97,7 +103,9 @@ def predict(bundle: Bundle, task: Task, worker: Worker) -> Predicted | None:
     clock = Clock(task, worker)
     model = rebuild_model(bundle)
     shared = SharedFeatures(task, worker, model.trunk, is_trained=task.config.trainable != "head")
-    return predict_test(clock, shared, model, num_train_images=0)
+    is_new = not bundle.reference and task.dataset.train  # a sweep's, whose features are stored
+    reference = make_reference(task, shared) if is_new else bundle.reference
+    return predict_test(clock, shared, model, 0, reference)
 
 
 def compute_features(task: Task, worker: Worker) -> Features | None:
@@ -107,8 +115,9 @@ def compute_features(task: Task, worker: Worker) -> Features | None:
     shared = SharedFeatures(task, worker, model.trunk)
     with clock.phases.measure("train"):
         train, val, _ = labelled_features(task, shared)
+        reference = make_reference(task, shared)
     num_images = len(share_of(range(len(task.dataset.train)), worker)) * len(task.config.train_views)
-    test = predict_test(clock, shared, model, num_images, has_head=False)
+    test = predict_test(clock, shared, model, num_images, reference, has_head=False)
     if train is None or val is None or test is None:
         return None
     return Features(train[:], val[:].mean(0), test)
@@ -142,7 +151,13 @@ def count_pixels(task: Task, samples: Samples) -> int:
 
 
 def predict_test(
-    clock: Clock, shared: SharedFeatures, model: Classifier, num_train_images: int, *, has_head: bool = True
+    clock: Clock,
+    shared: SharedFeatures,
+    model: Classifier,
+    num_train_images: int,
+    reference: Reference | None,
+    *,
+    has_head: bool = True,
 ) -> Predicted | None:
     """The last part of every loop: the test split through the trunk, each worker its share, and the head on it.
 
@@ -152,15 +167,19 @@ def predict_test(
     with clock.phases.measure("inference"):
         stored, is_read, seen = shared.complete_test()
         found = shared.logits(model.head, stored) if has_head else shared.on_rank_0(stored)
+        as_is = stored.every(len(shared.task.config.eval_views))
+        how_far = shared.of_rows(reference.quantiles, 1, as_is) if reference else None
     timings = clock.gather_rows(num_train_images, shared.num_computed - num_before, steady_rate)
     if found is None:
         return None
     num_columns = model.head.out_features if has_head else model.head.in_features
-    outputs = torch.full((len(is_read), num_columns), torch.nan)
+    outputs, quantiles = (torch.full((len(is_read), num), torch.nan) for num in (num_columns, 1))
     if len(found):  # none has no columns
         by_view = found[:].unflatten(0, (int(is_read.sum()), -1))
         outputs[torch.from_numpy(is_read)] = by_view.mean(1)
-    return Predicted(outputs, shared.errors, timings, seen)
+    if how_far is not None:
+        quantiles[torch.from_numpy(is_read)] = how_far
+    return Predicted(outputs, shared.errors, timings, seen, reference, quantiles[:, 0] if reference else None)
 
 
 def build_model(task: Task) -> Classifier:

@@ -8,10 +8,12 @@ from torch import Tensor
 from plates.dataset import row_groups
 from plates.head import Heads, HeadSettings, fit_heads, score_heads
 from plates.model import Classifier
+from plates.reference import Reference, spread_evenly
 from plates.store import FeatureRows
 from plates.train_loop.group import Worker, broadcast, share_of
 from plates.train_loop.shared import SharedFeatures
 from plates.train_loop.task import Fitted, Task
+from plates.transforms import EVAL
 
 
 def train_head(task: Task, worker: Worker, model: Classifier, shared: SharedFeatures) -> Fitted:
@@ -81,6 +83,15 @@ def eval_features(task: Task, shared: SharedFeatures) -> Tensor | None:
     samples, views = task.dataset.train, task.config.eval_views
     rows = shared.on_rank_0(shared.complete(samples, views, num_later=len(task.dataset.test)))
     return None if rows is None else rows.arranged((len(samples), len(views)), 1, 0)[:].mean(0)
+
+
+def make_reference(task: Task, shared: SharedFeatures) -> Reference:
+    """Training images to compare others with, of many some, all as they are; on every worker, who all take part."""
+    chosen = task.dataset.train.take(spread_evenly(len(task.dataset.train)))
+    rows = shared.on_rank_0(shared.complete(chosen, [EVAL], num_later=len(task.dataset.test)))
+    reference = broadcast(None if rows is None else Reference.of(rows[:]))
+    assert reference, "rank 0 has all rows"
+    return reference
 
 
 def labelled_features(task: Task, shared: SharedFeatures) -> tuple[FeatureRows | None, FeatureRows | None, bool]:

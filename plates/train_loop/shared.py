@@ -1,6 +1,6 @@
 """Features that a group of workers computes together: found in the store, else computed, each worker its share."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -36,6 +36,11 @@ class StoredRows:
         """Indices and keys of the rows that it hands in."""
         indices = np.flatnonzero(self.ranks == rank)
         return indices, self.keys.take(pa.array(indices))
+
+    def every(self, step: int) -> "StoredRows":
+        """The first of each `step` rows: the first views of images."""
+        first = pa.array(range(0, len(self.keys), step), pa.int64())
+        return StoredRows(self.keys.take(first), self.ranks[::step], self.is_reused)
 
 
 class SharedFeatures:
@@ -163,13 +168,17 @@ class SharedFeatures:
         return None if rank else self.store.rows(stored.keys)
 
     def logits(self, head: nn.Linear, stored: StoredRows) -> Tensor | None:
-        """(n, C) of the rows, on rank 0. Every worker takes part, with those that it hands in."""
+        """(n, C) of the rows, on rank 0. Every worker takes part."""
+        weight, bias = head.weight.detach().cpu(), head.bias.detach().cpu()
+        return self.of_rows(lambda rows: linear(rows, weight, bias), len(bias), stored)
+
+    def of_rows(self, compute: Callable[[Tensor], Tensor], num_columns: int, stored: StoredRows) -> Tensor | None:
+        """(n, K) that is computed of the rows, on rank 0. Every worker takes part, with those that it hands in."""
         indices, keys = stored.of_rank(self.worker.rank)
         rows = self.store.rows(keys)
-        weight, bias = head.weight.detach().cpu(), head.bias.detach().cpu()
         slices = (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(keys), ROWS_AT_ONCE))
-        found = [linear(rows[part], weight, bias) for part in slices]
-        logits = torch.empty(len(stored.keys), len(bias))
-        for sent_indices, values in gather((indices, torch.cat([bias.new_empty(0, len(bias)), *found]))):
-            logits[torch.from_numpy(sent_indices)] = values
-        return None if self.worker.rank else logits
+        computed = torch.cat([torch.empty(0, num_columns), *(compute(rows[part]) for part in slices)])
+        found = torch.empty(len(stored.keys), num_columns)
+        for sent_indices, values in gather((indices, computed)):
+            found[torch.from_numpy(sent_indices)] = values
+        return None if self.worker.rank else found

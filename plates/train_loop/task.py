@@ -11,6 +11,7 @@ from plates.config import TrainConfig
 from plates.dataset import Dataset, Seen
 from plates.features import Drawing
 from plates.model import Weights, hash_weights
+from plates.reference import Reference
 from plates.rundir import versions
 from plates.samples import SAMPLES_PER_BATCH
 from plates.storage import Place
@@ -75,12 +76,16 @@ class Fitted:
 @dataclass(frozen=True)
 class Predicted:
     """The test split in its order: (N, C) logits on the CPU, not a number where `errors` says by path why an image
-    cannot be read; one timing row a worker; and what was seen of its images by those that decoded them."""
+    cannot be read; one timing row a worker; what was seen of its images by those that decoded them; the training
+    images that images were compared with, and (N,) how far each is from them as `Reference.quantiles` has it, None
+    where there are none."""
 
     logits: Tensor
     errors: dict[str, str]
     timings: list[dict[str, Any]]
     seen: Seen | None = None
+    reference: Reference | None = None
+    quantiles: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def test_a_run_writes_all_its_files_and_predict_repeats_them(folder, tmp_path, c
     )
     before, after = (pd.read_csv(where / "predictions.csv") for where in (run, again))
     pd.testing.assert_frame_equal(before, after, atol=1e-6)
-    assert list(before.columns) == ["path", "id", "label", "p_cleaned", "p_dirty"]
+    assert list(before.columns) == ["path", "id", "label", "p_cleaned", "p_dirty", "distance_quantile"]
     pd.testing.assert_frame_equal(
         pd.read_parquet(run / "predictions.parquet"), before.astype({"id": str}), check_dtype=False, atol=1e-6
     )

@@ -19,7 +19,7 @@ FLAGS = {
     "prepare": DATA | {"num_workers", "seed"},
     "train": DATA | WORKER | MODEL | SEEN | TRACKED,
     "tune": DATA | WORKER | MODEL | SEEN | TRACKED | {"search", "budget_s", "num_trials", "folds", "cv_repeats"},
-    "predict": DATA | WORKER | {"checkpoint", "tta"},
+    "predict": DATA | WORKER | {"checkpoint", "tta", "abstain_below", "explain"},
     "benchmark": DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"},
     "show": {"run", "data", "out", "seed"},
     "check": {"address", "data", "out", "num_workers", "device"},

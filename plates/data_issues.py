@@ -216,7 +216,7 @@ def tell_issues(table: pd.DataFrame, images: pd.DataFrame) -> list[str]:
     if len(groups):
         num_labels, num_splits = groups["given_label"].nunique(), groups["split"].nunique()
         worst = images[images["set"] == (num_labels + num_splits).idxmax()]
-        told = [f"{len(groups)} sets of {groups.size().sum()} images"]
+        told = [f"{len(groups)} set{'s' * (len(groups) > 1)} of {groups.size().sum()} images"]
         told += [f"{count} across splits" for count in [(num_splits > 1).sum()] if count]
         told += [f"{count} with different labels" for count in [(num_labels > 1).sum()] if count]
         lines.insert(0, f"duplicates: {', '.join(told)} ({name_first(worst['path'])})")

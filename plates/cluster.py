@@ -99,8 +99,12 @@ def plan_here(device: str, num_workers: Literal["auto"] | int) -> Plan:
     return Plan.on(chosen, 0, num_usable_cpus(), reason)
 
 
-def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[Node]) -> Plan:
+def plan_workers(
+    num_workers: Literal["auto"] | int, device: str, nodes: list[Node], flag: str = "--num-workers"
+) -> Plan:
     """Workers for the nodes of a cluster: a pure function of what there is.
+
+    flag: that asks for them.
 
     Raises: UserError naming what the cluster lacks.
     """
@@ -109,11 +113,11 @@ def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[No
         raise UserError(f"--device cuda: the cluster has no GPU ({len(nodes)} nodes, {num_cpus} CPUs)")
     chosen: Literal["cpu", "cuda"] = "cuda" if device != "cpu" and num_gpus else "cpu"
     sizes = [node.num_cpus for node in nodes if node.num_cpus]
-    reason = f"--num-workers {num_workers}"
+    reason = f"{flag} {num_workers}"
     if num_workers == "auto" and chosen == "cpu":
         if not sizes:
             rule = "give the number to scale up to"
-            raise UserError(f"--num-workers auto: the cluster has no GPU and no CPU now; {rule}")
+            raise UserError(f"{flag} auto: the cluster has no GPU and no CPU now; {rule}")
         plan = Plan.on("cpu", len(sizes), min(sizes), f"{reason}, one a node with CPUs of the cluster")
         return replace(plan, uses_whole_nodes=min(sizes) < max(sizes))
     if num_workers == "auto":
@@ -122,7 +126,7 @@ def plan_workers(num_workers: Literal["auto"] | int, device: str, nodes: list[No
     if cpus_per_worker is None:
         room = f"{num_gpus} GPUs" if chosen == "cuda" else f"{num_cpus} CPUs"
         rule = "ask for at most that many"
-        raise UserError(f"--num-workers {num_workers}: the cluster has {room} on {len(nodes)} nodes; {rule}")
+        raise UserError(f"{flag} {num_workers}: the cluster has {room} on {len(nodes)} nodes; {rule}")
     return Plan.on(chosen, num_workers, cpus_per_worker, reason)
 
 

@@ -1,12 +1,13 @@
 """Every setting, once: the dataclasses that become the flags."""
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
 from plates.backbones import BACKBONES, OWN_READOUT, find_backbone
-from plates.rules import Config, UserError, is_drawn
+from plates.rules import Config, UserError, is_drawn, is_loopback
 
 Backbone = Annotated[str, tyro.conf.arg(metavar="|".join(["auto", *BACKBONES, "timm/NAME"]))]
 Trainable = Literal["head", "layer4", "all"]
@@ -237,6 +238,40 @@ class PredictConfig(WorkerConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeConfig(Config):
+    """Predict images that are sent over HTTP, from a checkpoint, until Ctrl-C; a page to try it is at /.
+
+    plates serve --checkpoint RUN/checkpoint, and then
+    curl -F image=@PHOTO.jpg http://127.0.0.1:8000/predict
+    """
+
+    checkpoint: str
+    """RUN/checkpoint of a finished training run."""
+    host: str = "127.0.0.1"
+    """Address to listen on, in a cluster its head node's; one beyond this machine demands a token."""
+    port: int = 8000
+    """Port to listen on."""
+    token: str | None = None
+    """What a request must bring as Authorization: Bearer TOKEN [default: PLATES_TOKEN, which ps does not show]."""
+    num_replicas: NumWorkers = "auto"
+    """Copies of the model. auto: by the number of requests, at most one a GPU (or CPU node) that there is now."""
+    device: Device = "auto"
+    """Where tensors live. auto: cuda where Ray has a GPU."""
+    precision: Precision = "auto"
+    """Of the trunk. auto: bf16 where the device computes it, fp16 on older GPUs, else fp32."""
+    max_batch_size: int = 32
+    """Images, of any requests, that a replica computes at once."""
+    max_body_mb: int = 20
+    """Limit in MB of a request."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "token", self.token or os.environ.get("PLATES_TOKEN") or None)
+        if not self.token and not is_loopback(self.host):
+            raise UserError(f"--host {self.host}: reaches beyond this machine; set --token or PLATES_TOKEN")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig(DataConfig):
     """Check, split and pack a data set into Parquet shards, for more images than fit into memory or into folders.
 
@@ -319,10 +354,11 @@ JOB_CONFIGS = {
     "train": TrainConfig,
     "tune": TuneConfig,
     "predict": PredictConfig,
+    "serve": ServeConfig,
     "benchmark": BenchmarkConfig,
     "show": ShowConfig,
     "check": CheckConfig,
     "check-data": CheckDataConfig,
     "compare": CompareConfig,
 }
-JobConfig = DataConfig | ShowConfig | CheckConfig | CompareConfig
+JobConfig = DataConfig | ServeConfig | ShowConfig | CheckConfig | CompareConfig

@@ -1,5 +1,6 @@
 """What settings must be, and what is said where they are not."""
 
+import ipaddress
 import re
 from collections.abc import Callable
 from math import inf
@@ -54,8 +55,16 @@ def parse_class_weights(class_weights: str) -> dict[str, float] | None:
     return weights if all(LEAST_WEIGHT <= weight <= MOST_WEIGHT for weight in weights.values()) else None
 
 
+def is_loopback(host: str) -> bool:
+    """Whether it is reached from this machine alone; of a name that is not localhost nobody knows."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 AT_LEAST_1 = ("cpus_per_worker", "epochs", "step_size", "global_batch_size", "num_views", "num_trials", "cv_repeats",
-              "repeats", "tta", "budget_s")  # fmt: skip
+              "repeats", "tta", "budget_s", "max_batch_size", "max_body_mb")  # fmt: skip
 # By setting, in whichever job it is: what its value must be, unless it is None, and what is said where it is not.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data", bool, f"give {DATA_KINDS}"),
@@ -72,6 +81,10 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("out", bool, "give a directory, or leave the flag out"),
     ("run", bool, "give the directory of a run"),
     ("checkpoint", bool, "give RUN/checkpoint"),
+    ("host", bool, "give an address of this machine"),
+    ("port", lambda port: 1 <= port <= 65535, "must be 1 to 65535"),
+    ("token", bool, "give one, or leave the flag out"),
+    ("num_replicas", lambda count: count == "auto" or count >= 1, "must be auto, 1 or more"),
     ("weights", bool, "give imagenet, none or a file"),
     ("num_workers", lambda count: count == "auto" or count >= 0, "must be auto, 0 or more"),
     *((name, lambda value: value >= 0, "must be at least 0") for name in ("wait_for_nodes_s", "cache_gb")),

@@ -33,14 +33,15 @@ def submit(own: argparse.Namespace, flags: Sequence[str], config: JobConfig) -> 
     )
     print(f"{job_id} was sent to {own.address}", flush=True)
     exit_code = follow(client, job_id, own)
-    print(f"run directory: {config.out}")
+    if out := getattr(config, "out", None):
+        print(f"run directory: {out}")
     return exit_code
 
 
 def check_paths(config: JobConfig) -> None:
     """Raises: UserError for a path that the nodes do not share: relative to here, or to the job's passing folder."""
     rule = "a job on a cluster needs an absolute path or a URI that all nodes reach, as /nfs/… or s3://…"
-    if config.out is None:
+    if getattr(config, "out", "none") is None:
         raise UserError(f"--out is missing: {rule}")
     for name in ("out", "data", "run", "checkpoint", "weights"):
         path = getattr(config, name, None) or "none"

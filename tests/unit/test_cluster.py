@@ -58,6 +58,11 @@ def test_what_the_cluster_lacks_is_said(num_workers, device, nodes, message):
         plan_workers(num_workers, device, nodes)
 
 
+def test_the_flag_that_asked_is_named():
+    with pytest.raises(UserError, match="--num-replicas 3: the cluster has 2 CPUs"):
+        plan_workers(3, "auto", [Node(2, 0)], "--num-replicas")
+
+
 def test_workers_of_nodes_of_different_sizes_reserve_the_smallest_and_use_their_own():
     assert plan_workers("auto", "cpu", [Node(8, 0), Node(4, 0)]).uses_whole_nodes
     assert "each the CPUs of its node" in plan_workers("auto", "cpu", [Node(8, 0), Node(4, 0)]).line

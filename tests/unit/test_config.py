@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from plates.command import run_job
-from plates.config import JOB_CONFIGS, CheckConfig, PredictConfig, TrainConfig, TuneConfig, UserError
+from plates.config import JOB_CONFIGS, CheckConfig, PredictConfig, ServeConfig, TrainConfig, TuneConfig, UserError
 from plates.rules import RULES
 
 DATA = {"data", "out", "skip_unreadable"}
@@ -20,12 +20,14 @@ FLAGS = {
     "train": DATA | WORKER | MODEL | SEEN | TRACKED,
     "tune": DATA | WORKER | MODEL | SEEN | TRACKED | {"search", "budget_s", "num_trials", "folds", "cv_repeats"},
     "predict": DATA | WORKER | {"checkpoint", "tta", "abstain_below", "explain"},
+    "serve": {"checkpoint", "host", "port", "token", "num_replicas", "device", "precision", "max_batch_size",
+              "max_body_mb"},
     "benchmark": DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"},
     "show": {"run", "data", "out", "seed"},
     "check": {"address", "data", "out", "num_workers", "device"},
     "check-data": DATA,
     "compare": {"runs", "out"},
-}
+}  # fmt: skip
 
 
 def test_the_flags_are_these():
@@ -114,7 +116,9 @@ def test_configs_are_frozen():
      ("benchmark", "--repeats", "0"), ("benchmark", "--worker-counts", "0"), ("benchmark", "--image-size", "31"),
      ("prepare", "--num-workers", "-1"), ("prepare", "--seed", "-1"), ("check", "--num-workers", "-1"),
      ("tune", "--budget-s", "0.0"), ("predict --checkpoint c", "--tta", "0"), ("train", "--cpus-per-worker", "0"),
-     ("train", "--wait-for-nodes-s", "-1.0")],
+     ("train", "--wait-for-nodes-s", "-1.0"), ("serve --checkpoint c", "--port", "0"),
+     ("serve --checkpoint c", "--port", "65536"), ("serve --checkpoint c", "--num-replicas", "0"),
+     ("serve --checkpoint c", "--max-batch-size", "0"), ("serve --checkpoint c", "--max-body-mb", "0")],
 )  # fmt: skip
 def test_a_bad_number_is_one_line_in_every_job(job, flag, value, capsys):
     job, *needed = job.split()
@@ -159,6 +163,23 @@ def test_the_views_of_a_way_of_augmenting(settings, train_views, eval_views):
 def test_what_does_not_go_together_is_refused(job, flags, message):
     with pytest.raises(UserError, match=message):
         JOB_CONFIGS[job](**flags)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_this_machine_alone_needs_no_token(host, monkeypatch):
+    monkeypatch.delenv("PLATES_TOKEN", raising=False)
+    assert ServeConfig(checkpoint="c", host=host).token is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "localhost.example.com", "my-machine"])
+def test_a_host_that_others_reach_demands_a_token(host, monkeypatch):
+    monkeypatch.setenv("PLATES_TOKEN", "")
+    with pytest.raises(UserError, match=f"--host {host}: reaches beyond this machine; set --token or PLATES_TOKEN"):
+        ServeConfig(checkpoint="c", host=host)
+    assert ServeConfig(checkpoint="c", host=host, token="a").token == "a"
+    monkeypatch.setenv("PLATES_TOKEN", "b")
+    assert ServeConfig(checkpoint="c", host=host).token == "b"
+    assert ServeConfig(checkpoint="c", host=host, token="a").token == "a"
 
 
 def test_what_is_searched_by_default_follows_from_what_is_trained():

@@ -263,6 +263,8 @@ class ServeConfig(Config):
     """Images, of any requests, that a replica computes at once."""
     max_body_mb: int = 20
     """Limit in MB of a request."""
+    abstain_below: float | None = None
+    """Probability, 0.5 to 1, below which the label is unsure."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

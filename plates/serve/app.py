@@ -23,22 +23,24 @@ from plates.images import UnreadableImageError
 MAX_IMAGES = 64  # of a request
 JSON_FORM = 'JSON must be {"images": ["BASE64", ...]}'
 CSP = (
-    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob:; connect-src 'self'; "
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 Upload: TypeAlias = tuple[bytes, str]  # an encoded image, and the name of its file, empty where it has none
-Classify = Callable[[bytes, str], Awaitable[dict[str, Any]]]  # what is known of one; UnreadableImageError
+# What is known of one, and, where that is asked for, what decided; raises UnreadableImageError.
+Classify = Callable[[bytes, str, bool], Awaitable[dict[str, Any]]]
 
 
 def build_app(classify: Classify, version: dict[str, str], token: str | None, max_body_bytes: int) -> Starlette:
-    """POST /predict, which demands the token, if any; GET /healthz; and the page."""
+    """POST /predict, or /predict?explain=1, which demands the token, if any; GET /healthz; and the page."""
 
     async def predict(request: Request) -> Response:
         if token is not None:
             check_token(request, token)
         uploads = await read_uploads(limit_body(request, max_body_bytes))
-        found = await asyncio.gather(*(describe(classify, *upload) for upload in uploads))
+        is_explained = request.query_params.get("explain", "0") != "0"
+        found = await asyncio.gather(*(describe(classify, *upload, is_explained) for upload in uploads))
         errors = [one["error"] for one in found if "error" in one]
         if len(errors) == len(found):
             raise HTTPException(415, errors[0])
@@ -63,10 +65,10 @@ def build_app(classify: Classify, version: dict[str, str], token: str | None, ma
     return Starlette(routes=routes, exception_handlers={HTTPException: tell_error})
 
 
-async def describe(classify: Classify, data: bytes, name: str) -> dict[str, Any]:
+async def describe(classify: Classify, data: bytes, name: str, is_explained: bool) -> dict[str, Any]:
     """What is known of an image, or why it cannot be read: one that cannot takes nothing from the others."""
     try:
-        found = await classify(data, name)
+        found = await classify(data, name, is_explained)
     except UnreadableImageError as error:
         found = {"error": str(error)}
     return {"name": name, **found} if name else found

@@ -24,9 +24,10 @@ from plates.device import best_precision, decide_precision, set_up_process
 from plates.features import Views
 from plates.images import reading_threads
 from plates.model import hash_weights
+from plates.predict import UNSURE
 from plates.rundir import versions
 from plates.serve.app import build_app
-from plates.serve.predictor import Predictor
+from plates.serve.predictor import Answer, Predictor
 
 BATCH_WAIT_S = 0.005  # for more images, before a batch that is not full is computed
 REQUEST_TIMEOUT_S = 60.0
@@ -49,7 +50,7 @@ class Replica:
         self.num_images = Counter("plates_images", "Images by the label that they got.", ("label",))
 
         @serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=BATCH_WAIT_S)
-        async def predict(images: list[Views]) -> list[list[float]]:
+        async def predict(images: list[Views]) -> list[Answer]:
             return await asyncio.get_running_loop().run_in_executor(computer, self.predictor.predict, images)
 
         self.predict = predict
@@ -57,13 +58,20 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_app(self.classify, self.version, self.config.token, self.config.max_body_mb * 10**6)
 
-    async def classify(self, data: bytes, name: str) -> dict[str, Any]:
+    async def classify(self, data: bytes, name: str, is_explained: bool) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         views = await loop.run_in_executor(self.readers, self.predictor.load, data, name)
-        probabilities = dict(zip(self.classes, await self.predict(views), strict=True))
-        label = max(probabilities, key=probabilities.__getitem__)
+        chances, quantile = await self.predict(views)
+        probabilities = dict(zip(self.classes, chances, strict=True))
+        best = max(probabilities, key=probabilities.__getitem__)
+        label = best if probabilities[best] >= (self.config.abstain_below or 0) else UNSURE
         self.num_images.inc(tags={"label": label})
-        return {"label": label, "probabilities": probabilities}
+        answer = {"label": label, "probabilities": probabilities}
+        if quantile is not None:
+            answer["distance_quantile"] = quantile
+        if is_explained:
+            answer |= await loop.run_in_executor(self.readers, self.predictor.explain, data, name, best)
+        return answer
 
 
 def version_of(bundle: Bundle) -> dict[str, str]:

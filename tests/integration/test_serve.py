@@ -33,7 +33,8 @@ def server(folder, tmp_path) -> Iterator[SimpleNamespace]:
     """Of a model of `folder`: its `url`, the address `metrics`, its `process`, and the `checkpoint`."""
     assert train.main([*SMALL, *SEEN, "--data", str(folder), "--out", str(tmp_path / "run")]) == 0
     checkpoint, port = tmp_path / "run" / "checkpoint", free_ports(1)[0]
-    flags = ["--checkpoint", str(checkpoint), "--port", str(port), "--precision", "fp32", "--max-body-mb", "1"]
+    flags = ["--checkpoint", str(checkpoint), "--port", str(port), "--precision", "fp32", "--max-body-mb", "1",
+             "--abstain-below", "0.52"]  # fmt: skip
     env = os.environ | {"PLATES_TOKEN": TOKEN, "RAY_metrics_report_interval_ms": "500"}
     with (tmp_path / "errors").open("w+") as errors:
         process = subprocess.Popen([sys.executable, "-m", "ray_jobs", "serve", *flags], cwd=ROOT, env=env,
@@ -58,7 +59,7 @@ def read_metrics(url: str, name: str) -> float:
 def test_a_server_from_its_start_to_its_end(server, folder, tmp_path, capsys):
     out, url = tmp_path / "predicted", server.url
     assert predict.main(["--checkpoint", str(server.checkpoint), "--data", str(folder), "--out", str(out),
-                         "--num-workers", "0", "--precision", "fp32"]) == 0  # fmt: skip
+                         "--num-workers", "0", "--precision", "fp32", "--abstain-below", "0.52"]) == 0  # fmt: skip
     expected = pd.read_csv(out / "predictions.csv").set_index("path")
 
     def ask(path: str) -> dict:
@@ -75,6 +76,7 @@ def test_a_server_from_its_start_to_its_end(server, folder, tmp_path, capsys):
         (one,) = answer["predictions"]
         row = expected.loc[one["name"]]
         assert one["label"] == row["label"]
+        assert one["distance_quantile"] == pytest.approx(row["distance_quantile"], abs=1e-3)
         for name, chance in one["probabilities"].items():
             assert chance == pytest.approx(row[f"p_{name}"], abs=1e-5)
     several = [("image", (path, (folder / path).read_bytes())) for path in expected.index]

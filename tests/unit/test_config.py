@@ -21,7 +21,7 @@ FLAGS = {
     "tune": DATA | WORKER | MODEL | SEEN | TRACKED | {"search", "budget_s", "num_trials", "folds", "cv_repeats"},
     "predict": DATA | WORKER | {"checkpoint", "tta", "abstain_below", "explain"},
     "serve": {"checkpoint", "host", "port", "token", "num_replicas", "device", "precision", "max_batch_size",
-              "max_body_mb"},
+              "max_body_mb", "abstain_below"},
     "benchmark": DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"},
     "show": {"run", "data", "out", "seed"},
     "check": {"address", "data", "out", "num_workers", "device"},

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,9 +48,10 @@ def build(checkpoint, one_thread):
     settings = TrainConfig(seed=3, augment="both", tta=3)
     predictor = Predictor(load_bundle(checkpoint), settings, CPU, "fp32")
 
-    async def classify(data: bytes, name: str) -> dict[str, list[float]]:
-        (chances,) = predictor.predict([predictor.load(data, name)])
-        return {"chances": chances}
+    async def classify(data: bytes, name: str, is_explained: bool) -> dict[str, Any]:
+        ((chances, quantile),) = predictor.predict([predictor.load(data, name)])
+        assert quantile is None  # the bundle has no training images
+        return {"chances": chances, **(predictor.explain(data, name, "a") if is_explained else {})}
 
     return lambda token=None: build_app(classify, VERSION, token, MAX_BYTES)
 
@@ -96,6 +98,15 @@ def test_a_body_and_json_are_the_same_image(client, jpeg):
     predictions = [one for answer in answers for one in answer.json()["predictions"]]
     assert len(predictions) == 6
     assert all(one == {"chances": predictions[0]["chances"]} for one in predictions)
+
+
+def test_what_decided_is_a_picture_of_the_images_size_and_only_where_it_is_asked_for(client, jpeg):
+    (found,) = client.post("/predict?explain=1", content=jpeg).json()["predictions"]
+    kind, _, data = found["map"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == Image.open(io.BytesIO(jpeg)).size
+    for query in ("", "?explain=0"):
+        assert client.post(f"/predict{query}", content=jpeg).json()["predictions"] == [{"chances": found["chances"]}]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import tyro
 
-from plates.config import EXIT_FAILED, EXIT_USER_ERROR, CompareConfig, DataConfig, ShowConfig, UserError
+from plates.config import EXIT_FAILED, EXIT_USER_ERROR, DataConfig, UserError
+from plates.tool_config import CompareConfig, ShowConfig
 
 ConfigT = TypeVar("ConfigT")
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 LONG_SIDE_CELLS, MIN_SIDE_CELLS = 384, 16  # of the reduced copy; narrower copies leave doubt
 BAND_CELLS = 3  # width of the border
 MIN_AREA = 0.05  # fraction of the image's area
-BACKGROUND_SHARE = 0.75  # fraction of the border: how much of it must look alike
+BACKGROUND_PERCENT = 75  # of the border: how much of it must look alike
 DARKEST_SHADOW, LIGHTEST_SHADOW, BRIGHTEST_LIGHT = 0.5, 0.8, 1.3  # relative to the background's colour
 MAX_SHADOW_AREA = 1.15  # of the box with its shadow over the box without
 # What differs from the background, in levels of 255: of a cut-out above JPEG's ringing around what is left, else by
@@ -30,7 +30,7 @@ CUT_OUT_LEVELS = 8.0
 COLOUR_LEVELS = (3.0, 0.03, 2.0)
 EDGE_LEVELS = (1.0, 0.01, 3.0)
 MAX_COLOUR_LEVELS, MAX_EDGE_LEVELS = 40.0, 10.0  # a border that asks for more is no plain background
-EVEN_SHARE = 0.9  # of a plain border that has no edges; the rest may be an object's
+EVEN_PERCENT = 90  # of a plain border that has no edges; the rest may be an object's
 # Specks are no object: cells of it that 7 x 7 cells must hold, around it; a straight edge alone has 2 x 7 and more.
 WINDOW_CELLS, CUT_OUT_SUPPORT, PLAIN_SUPPORT = 7, 24, 16
 
@@ -55,26 +55,36 @@ def foreground_box(image: Tensor) -> Tensor:
 
     Returns: (4,) int64 top, left, height and width in pixels, on the image's device.
     """
-    height, width = image.shape[1:]
-    whole = torch.tensor([0, 0, height, width], device=image.device)
+    whole = torch.tensor([0, 0, *image.shape[1:]], device=image.device)
     cells, cell_px = reduce_image(image)
-    if min(cells.shape[1:]) < MIN_SIDE_CELLS:
-        return whole
+    return whole if min(cells.shape[1:]) < MIN_SIDE_CELLS else box_of_cells(cells, cell_px, whole)
+
+
+def box_of_cells(cells: Tensor, cell_px: int, whole: Tensor) -> Tensor:
+    """The boxes of images of one size.
+
+    Args:
+        cells: (..., 3, h, w), as `reduce_image` gives them.
+        whole: (4,) int64, the box of a whole image in pixels.
+
+    Returns: (..., 4) int64.
+    """
+    height, width = whole[2], whole[3]
     mask, is_dark, is_cut_out, is_plain = find_object(cells)
     masks = torch.stack([mask, mask | is_dark])
-    rows, columns = masks.amax(2), masks.amax(1)
+    rows, columns = masks.any(-1), masks.any(-2)
     top, bottom = span_px(rows, cell_px, height)
     left, right = span_px(columns, cell_px, width)
-    boxes = torch.stack([top, left, bottom - top, right - left], 1)
-    areas = (boxes[:, 2] * boxes[:, 3]).float()
+    boxes = torch.stack([top, left, bottom - top, right - left], -1)
+    areas = (boxes[..., 2] * boxes[..., 3]).float()
     # A shadow lies close around the object; darkness that goes on may be a rim in the tone of the shadow.
-    box = torch.where(areas[1] > MAX_SHADOW_AREA * areas[0], boxes[1], boxes[0])
+    box = torch.where((areas[1] > MAX_SHADOW_AREA * areas[0])[..., None], boxes[1], boxes[0])
     holds_middle = (2 * top < height) & (2 * bottom > height) & (2 * left < width) & (2 * right > width)
-    num_sides = torch.stack([rows[0, 0], rows[0, -1], columns[0, 0], columns[0, -1]]).sum()
+    num_sides = torch.stack([rows[0, ..., 0], rows[0, ..., -1], columns[0, ..., 0], columns[0, ..., -1]]).sum(0)
     # An outline from side to side does not tell which of its sides is the object; a cut-out's colour does.
     is_inside = (num_sides == 0) | (num_sides == 1) & holds_middle[0]
-    is_large = rows[0].any() & (areas[0] >= MIN_AREA * height * width)
-    return torch.where(is_large & (is_cut_out | is_plain & is_inside), box, whole)
+    is_large = rows[0].any(-1) & (areas[0] >= MIN_AREA * height * width)
+    return torch.where((is_large & (is_cut_out | is_plain & is_inside))[..., None], box, whole)
 
 
 def reduce_image(image: Tensor) -> tuple[Tensor, int]:
@@ -90,30 +100,33 @@ def reduce_image(image: Tensor) -> tuple[Tensor, int]:
 
 
 def find_object(cells: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the object is, complete at its outline alone, and what is as dark as a shadow, two bool (h, w); whether
-    the background is cut out, and whether it is plain, two bool ()."""
-    colour = border_level(cells, 0.5)[:, None, None]
-    distance = (cells - colour).abs_().amax(0)
-    is_cut_out = border_level(distance, BACKGROUND_SHARE) < 1
-    tone = (cells * colour).sum(0) / (colour * colour).sum().clamp(min=1)
-    tinge = (cells - tone.clamp(DARKEST_SHADOW, BRIGHTEST_LIGHT) * colour).abs_().amax(0)
+    """Where the object is, complete at its outline alone, and what is as dark as a shadow, two bool (..., h, w);
+    whether the background is cut out, and whether it is plain, two bool (...)."""
+    colour = border_level(cells, 50)  # (..., 3, 1, 1)
+    distance = (cells - colour).abs_().amax(-3)
+    is_cut_out = border_level(distance, BACKGROUND_PERCENT) < 1
+    tone = (cells * colour).sum(-3) / (colour * colour).sum(-3).clamp(min=1)
+    shade = tone.clamp(DARKEST_SHADOW, BRIGHTEST_LIGHT)[..., None, :, :]
+    tinge = (cells - shade * colour).abs_().amax(-3)
     # Second differences: small in a soft shadow, which falls evenly, where first differences are not.
-    edge = (cells - sum_windows(pad(cells, (1, 1, 1, 1), mode="replicate"), 3) / 9).abs_().amax(0)
+    edge = (cells - sum_windows(pad(cells, (1, 1, 1, 1), mode="replicate"), 3) / 9).abs_().amax(-3)
     max_tinge, max_edge = (
-        torch.maximum(floor + fraction * colour.max(), multiple * border_level(levels, BACKGROUND_SHARE))
+        torch.maximum(floor + fraction * colour.amax(-3), multiple * border_level(levels, BACKGROUND_PERCENT))
         for levels, (floor, fraction, multiple) in ((tinge, COLOUR_LEVELS), (edge, EDGE_LEVELS))
     )
-    mask = torch.where(is_cut_out, distance > CUT_OUT_LEVELS, (tinge > max_tinge) | (edge > max_edge))
+    mask = (is_cut_out & (distance > CUT_OUT_LEVELS)) | (~is_cut_out & ((tinge > max_tinge) | (edge > max_edge)))
     has_support = count_around(mask) >= torch.where(is_cut_out, CUT_OUT_SUPPORT, PLAIN_SUPPORT)
     is_near = count_around(has_support) > 0  # keeps the corners of a cut-out
-    mask = mask & torch.where(is_cut_out, is_near, has_support)
-    is_even = (border_level(edge, EVEN_SHARE) < max_edge) & (max_edge < MAX_EDGE_LEVELS)
-    return mask, (tone < LIGHTEST_SHADOW) & ~is_cut_out, is_cut_out, is_even & (max_tinge < MAX_COLOUR_LEVELS)
+    mask = mask & ((is_cut_out & is_near) | (~is_cut_out & has_support))
+    is_even = (border_level(edge, EVEN_PERCENT) < max_edge) & (max_edge < MAX_EDGE_LEVELS)
+    is_plain = is_even & (max_tinge < MAX_COLOUR_LEVELS)
+    return mask, (tone < LIGHTEST_SHADOW) & ~is_cut_out, is_cut_out[..., 0, 0], is_plain[..., 0, 0]
 
 
 def count_around(mask: Tensor) -> Tensor:
-    """True cells among the 7 x 7 around each, uint8 (h, w)."""
-    return sum_windows(pad(mask.to(torch.uint8), (WINDOW_CELLS // 2,) * 4), WINDOW_CELLS)
+    """True cells among the 7 x 7 around each, (..., h, w): bytes, which ONNX Runtime does not add."""
+    dtype = torch.int32 if torch.compiler.is_exporting() else torch.uint8
+    return sum_windows(pad(mask.to(dtype), (WINDOW_CELLS // 2,) * 4), WINDOW_CELLS)
 
 
 def sum_windows(values: Tensor, size: int) -> Tensor:
@@ -124,8 +137,8 @@ def sum_windows(values: Tensor, size: int) -> Tensor:
     return reduce(add, [rows[..., first : first + width] for first in range(size)])
 
 
-def border_level(values: Tensor, fraction: float) -> Tensor:
-    """The quantile over the border's cells of values (..., h, w), as (...)."""
+def border_level(values: Tensor, percent: int) -> Tensor:
+    """The quantile over the border's cells of values (..., h, w), as (..., 1, 1)."""
     middle = values[..., BAND_CELLS:-BAND_CELLS, :]
     bands = (
         values[..., :BAND_CELLS, :],
@@ -134,13 +147,13 @@ def border_level(values: Tensor, fraction: float) -> Tensor:
         middle[..., -BAND_CELLS:],
     )
     border = torch.cat([band.flatten(-2) for band in bands], -1).sort(-1).values
-    return border[..., int(fraction * (border.shape[-1] - 1))]
+    return border[..., percent * (border.shape[-1] - 1) // 100, None, None]
 
 
-def span_px(has_object: Tensor, cell_px: int, size_px: int) -> tuple[Tensor, Tensor]:
-    """First pixel, and the one after the last, of the cells (2, n) that have some of it and of one more a side."""
-    num_cells = has_object.shape[1]
+def span_px(has_object: Tensor, cell_px: int, size_px: Tensor) -> tuple[Tensor, Tensor]:
+    """First pixel, and the one after the last, of the cells (..., n) that have some of it and of one more a side."""
+    num_cells = has_object.shape[-1]
     at = torch.arange(num_cells, device=has_object.device)
-    first = torch.where(has_object, at, num_cells).amin(1) - 1
-    last = torch.where(has_object, at, 0).amax(1) + 1
-    return (first * cell_px).clamp(0, size_px), ((last + 1) * cell_px).clamp(max=size_px)
+    first = torch.where(has_object, at, num_cells).amin(-1) - 1
+    last = torch.where(has_object, at, 0).amax(-1) + 1
+    return (first * cell_px).clamp(min=0), ((last + 1) * cell_px).clamp(max=size_px)

@@ -8,6 +8,7 @@ JOBS = {
     "train": "train, predict the test split, report",
     "tune": "sweep lr and StepLR, retrain the winner, report",
     "predict": "batch inference from a checkpoint",
+    "export": "a checkpoint as one file for ONNX Runtime, torch or timm",
     "serve": "predict images that are sent over HTTP, and a page to try it",
     "benchmark": "the same work on each device and number of workers, as one table",
     "show": "every image on one page, with what a run says of it",

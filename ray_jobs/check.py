@@ -5,7 +5,8 @@ import sys
 from functools import partial
 
 from plates.command import run_job
-from plates.config import EXIT_OK, EXIT_USER_ERROR, CheckConfig
+from plates.config import EXIT_OK, EXIT_USER_ERROR
+from plates.tool_config import CheckConfig
 
 
 def check(config: CheckConfig) -> int:

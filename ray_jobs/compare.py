@@ -4,7 +4,8 @@ import sys
 from functools import partial
 
 from plates.command import run_job
-from plates.config import EXIT_OK, CompareConfig
+from plates.config import EXIT_OK
+from plates.tool_config import CompareConfig
 
 
 def compare(config: CompareConfig) -> int:

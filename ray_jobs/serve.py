@@ -5,7 +5,8 @@ from functools import partial
 from importlib.util import find_spec
 
 from plates.command import run_job
-from plates.config import EXIT_OK, PredictConfig, ServeConfig, UserError
+from plates.config import EXIT_OK, PredictConfig, UserError
+from plates.tool_config import ServeConfig
 
 PACKAGES = ("fastapi", "starlette", "uvicorn", "python_multipart")  # those of the extra that nothing else brings
 

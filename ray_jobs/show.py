@@ -4,7 +4,8 @@ import sys
 from functools import partial
 
 from plates.command import run_job
-from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, ShowConfig
+from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE
+from plates.tool_config import ShowConfig
 
 
 def show(config: ShowConfig) -> int:

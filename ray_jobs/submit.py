@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plates.command import run_job
-from plates.config import EXIT_FAILED, JOB_CONFIGS, JobConfig, UserError
+from plates.config import EXIT_FAILED, UserError
 from plates.ray_private import limit_requests, ray_version_of, require
+from plates.tool_config import JOB_CONFIGS, JobConfig
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -23,8 +23,8 @@ from plates.images import UnreadableImageError
 MAX_IMAGES = 64  # of a request
 JSON_FORM = 'JSON must be {"images": ["BASE64", ...]}'
 CSP = (
-    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 Upload: TypeAlias = tuple[bytes, str]  # an encoded image, and the name of its file, empty where it has none

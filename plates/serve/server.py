@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 
 from plates.checkpoint import Bundle
 from plates.cluster import Plan, is_in_cluster, list_nodes, plan_workers, plural, start_ray
-from plates.config import ServeConfig, TrainConfig, UserError
+from plates.config import TrainConfig, UserError
 from plates.device import best_precision, decide_precision, set_up_process
 from plates.features import Views
 from plates.images import reading_threads
@@ -28,6 +28,7 @@ from plates.predict import UNSURE
 from plates.rundir import versions
 from plates.serve.app import build_app
 from plates.serve.predictor import Answer, Predictor
+from plates.tool_config import ServeConfig
 
 BATCH_WAIT_S = 0.005  # for more images, before a batch that is not full is computed
 REQUEST_TIMEOUT_S = 60.0

@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 
 from plates.command import run_job
-from plates.config import JOB_CONFIGS, CheckConfig, PredictConfig, ServeConfig, TrainConfig, TuneConfig, UserError
+from plates.config import PredictConfig, TrainConfig, TuneConfig, UserError
 from plates.rules import RULES
+from plates.tool_config import JOB_CONFIGS, CheckConfig, ServeConfig
 
 DATA = {"data", "out", "skip_unreadable"}
 WORKER = {"num_workers", "device", "precision", "cpus_per_worker", "wait_for_nodes_s", "cache_gb"}
@@ -22,6 +23,7 @@ FLAGS = {
     "predict": DATA | WORKER | {"checkpoint", "tta", "abstain_below", "explain"},
     "serve": {"checkpoint", "host", "port", "token", "num_replicas", "device", "precision", "max_batch_size",
               "max_body_mb", "abstain_below"},
+    "export": {"checkpoint", "format", "out"},
     "benchmark": DATA | MODEL | {"devices", "worker_counts", "repeats", "scaling", "precision"},
     "show": {"run", "data", "out", "seed"},
     "check": {"address", "data", "out", "num_workers", "device"},

@@ -16,11 +16,11 @@ import pytest
 from conftest import write_picture
 from PIL import Image
 
-from plates.config import ShowConfig
 from plates.dataset import load_dataset
 from plates.show import write_page
 from plates.show.findings import read_run
 from plates.show.sheets import write_sheets
+from plates.tool_config import ShowConfig
 from ray_jobs import show
 
 ODD = ['a "b" <i>&\'ü', "</script><!--<script>"]  # the second is a class of the run alone

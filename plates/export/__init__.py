@@ -1,0 +1,1 @@
+"""A checkpoint as files that run without this package: ONNX, torch.export, and a folder of timm."""

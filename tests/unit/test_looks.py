@@ -100,14 +100,17 @@ def test_any_shape_has_a_hash(shape):
 
 
 def test_the_index_finds_the_same_pairs_as_comparing_all():
-    """Random looks, and around some of them others that differ in up to a little more than the limits."""
+    """Random looks, and around some of them others that differ in up to a little more than the limits, some in bits
+    that are spread over as many chunks as can be."""
     draw = np.random.default_rng(0)
     looks = np.zeros(1500, LOOK)
     looks["hash"] = draw.integers(0, 256, (1500, 32), np.uint8)
     looks["grey"] = draw.integers(0, 230, (1500, 8, 8), np.uint8)
     for index in range(0, 1500, 3):
         flips = np.zeros(256, np.uint8)
-        flips[draw.choice(256, draw.integers(1, MAX_DISTANCE + 4), replace=False)] = 1
+        spread = (np.arange(0.5, MAX_DISTANCE) * 256 / MAX_DISTANCE).astype(int)
+        at_random = draw.choice(256, draw.integers(1, MAX_DISTANCE + 4), replace=False)
+        flips[at_random if index % 5 else spread] = 1
         grey = looks["grey"][index] + draw.integers(0, MAX_GREY_DISTANCE + (index % 4 == 0) * 2, (8, 8), np.uint8)
         bits = looks["hash"][index] ^ np.packbits(flips)
         looks["hash"][index + 1], looks["grey"][index + 1] = (

@@ -38,7 +38,8 @@ def test_a_sweep_writes_all_its_files(tmp_path, local_ray, capsys):
     assert metrics["winner/log_loss"] == pytest.approx(trials["log_loss"].min())
     assert metrics["baseline/lr"] == 1e-3
     assert len(pd.read_csv(run / "predictions.csv")) == 24
-    assert {path.name for path in (run / "checkpoint").iterdir()} == {"model.safetensors", "model.json"}
+    written = {path.name for path in (run / "checkpoint").iterdir()}
+    assert written == {"model.safetensors", "model.json", "reference.safetensors", "README.md"}
     page = (run / "report.html").read_text()
     assert f"{metrics['nested/log_loss']:.4f}" in page
     assert "not distinguishable" in page

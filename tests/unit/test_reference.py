@@ -91,7 +91,7 @@ def draw_landscape(draw: np.random.Generator) -> np.ndarray:
         green = int(110 - 18 * layer + draw.integers(-10, 10))
         pen.polygon([(0, 240), *points, (320, 240)], fill=(green // 2, green, 40))
     for _ in range(6):
-        x, y = draw.integers(10, 310), draw.integers(150, 220)
+        x, y = float(draw.integers(10, 310)), float(draw.integers(150, 220))
         pen.rectangle((x - 2, y, x + 2, y + 16), fill=(80, 50, 30))
         pen.polygon([(x - 12, y + 4), (x, y - 34), (x + 12, y + 4)], fill=(15, int(draw.integers(50, 90)), 25))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(1)))

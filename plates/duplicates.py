@@ -1,17 +1,18 @@
 """Sets of images that are the same, or look the same, as they are or mirrored."""
 
+import functools
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 
 from plates.looks import GREY_SIDE, MIRROR, NUM_BITS
 
 # Measured on 40 photos of plates and 120 drawn ones, 341 x 256: copies as JPEG of quality 60 to 95, halved or
-# mirrored differ in at most 9 bits (all at once in 19) and their greys in at most 5 of 255. Of the 3.9 million pairs
-# of these photos, 744 others and 2,000 drawings 4 differ in at most 18 bits: one, by 11 bits and 5 greys, is the same
-# photo cut out twice, the others differ by 23 greys and more. Blurred noise, 160 x 120, differs halved in 10 to 18.
-MAX_DISTANCE, MAX_GREY_DISTANCE = 18, 12
+# mirrored differ in at most 16 bits (all at once in 22) and their greys in at most 5 of 255. Of the 3.9 million pairs
+# of these photos, 744 others and 2,000 drawings 6 differ in at most 24 bits: one, by 10 bits and 4 greys, is the same
+# photo cut out twice, the others differ by 25 greys and more.
+MAX_DISTANCE, MAX_GREY_DISTANCE = 24, 12
 
 
 def find_sets(digests: np.ndarray, looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,22 +50,23 @@ def find_sets(digests: np.ndarray, looks: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def find_pairs(
-    looks: np.ndarray, max_distance: int = MAX_DISTANCE
+    looks: np.ndarray, max_distance: int = MAX_DISTANCE, few: int = 20_000
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields arrays of all pairs of near pictures, as they are or one of them mirrored, and in how many bits their
     hashes differ; some repeatedly.
 
-    Two hashes that differ in t bits are equal in one of t + 1 chunks of their bits, so that only those are compared.
+    Two hashes that differ in t bits are equal in one of t + 1 chunks of their bits, and in two of t + 2, so that only
+    those are compared: by one chunk of few pictures, and by two of more.
 
     looks: (N,) LOOK.
     """
     count = len(looks)
+    num_equal = 1 if count <= few else 2
     hashes = np.concatenate([looks["hash"], looks["hash"] ^ MIRROR])
     greys = np.concatenate([looks["grey"], looks["grey"][:, :, ::-1]])
     words = hashes.view(np.uint64)  # (2 N, 4)
-    for start, stop in pairwise(np.linspace(0, NUM_BITS, max_distance + 2).astype(int)):
-        bits = np.unpackbits(hashes[:, start // 8 : -(-stop // 8)], axis=1)[:, start % 8 :][:, : stop - start]
-        keys = bits @ (1 << np.arange(stop - start))  # (2 N,)
+    for chosen in combinations(cut_in_chunks(hashes, max_distance + num_equal), num_equal):
+        keys = functools.reduce(lambda key, chunk: key << np.uint64(32) | chunk, chosen)  # (2 N,)
         order = np.argsort(keys, kind="stable")
         keys, at, step = keys[order], np.arange(2 * count), 0
         while len(at := at[at + (step := step + 1) < 2 * count]):
@@ -78,3 +80,10 @@ def find_pairs(
             lower, higher = np.minimum(greys[one], greys[other]), np.maximum(greys[one], greys[other])
             is_near = (higher - lower).max((1, 2), initial=0) <= MAX_GREY_DISTANCE
             yield one[is_near], other[is_near] % count, distances[is_near]
+
+
+def cut_in_chunks(hashes: np.ndarray, num_chunks: int) -> list[np.ndarray]:
+    """(N, 32) uint8 as that many (N,) uint64, of about equally many bits each."""
+    bits = np.unpackbits(hashes, axis=1)
+    edges = pairwise(np.linspace(0, NUM_BITS, num_chunks + 1).astype(int))
+    return [(bits[:, start:stop] @ (1 << np.arange(stop - start))).astype(np.uint64) for start, stop in edges]

@@ -72,10 +72,10 @@ def test_the_same_model_on_0_1_and_2_workers(trainable, folder, tmp_path, local_
     """13 training images in batches of 6: the last batch has one image, so one of two workers has none. The classes
     that a worker sees weigh other than those of the whole batch."""
     config = replace(CONFIG, data=str(folder), trainable=trainable, lr=1e-4, class_weights="cleaned=0.2,dirty=3")
-    here = train_on(0, config, tmp_path)
+    here = train_on(0, config, tmp_path / "0")
     counts = (1, 2) if trainable == "head" else (2,)
     for num_workers in counts:
-        on_ray = train_on(num_workers, config, tmp_path)
+        on_ray = train_on(num_workers, config, tmp_path / str(num_workers))  # not the finished state of another
         assert_same(here, on_ray, tolerance=1e-4)
         assert [row["rank"] for row in on_ray.timings] == list(range(num_workers))
 

@@ -4,6 +4,8 @@ Boxes depend on the image, and a graph has no crops whose size does: resizing is
 weights are zero outside of the box. They are those of torch's kernel for bytes, and sums are rounded as there.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -42,10 +44,10 @@ def make_pictures(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     boxes = find_boxes(images) if preprocessing.crop == "foreground" else whole_box(images)[None]
     views = find_views(boxes, preprocessing)
     fill = torch.tensor([round(255 * value) for value in preprocessing.mean])[:, None, None]
-    pixels, longest = images.movedim(-1, 1).float(), torch.sym_max(*images.shape[1:3])
+    pixels, longest = images.movedim(-1, 1).float(), cast(int, torch.sym_max(*images.shape[1:3]))
     for side in (1, 0):  # along rows first, as torch
-        spans = (spans.unflatten(1, (2, 2))[:, :, side] for spans in (boxes, views))
-        weights, share_outside = resize_weights(*spans, images.shape[1 + side], longest, preprocessing)
+        box, view = (spans.unflatten(1, (2, 2))[:, :, side] for spans in (boxes, views))
+        weights, share_outside = resize_weights(box, view, images.shape[1 + side], longest, preprocessing)
         outside = fill * share_outside[:, None, :, None]  # (B, 3, S, 1)
         pixels = pixels @ weights.mT[:, None] + outside.mT if side else weights[:, None] @ pixels + outside
         pixels = (pixels + 0.5).floor().clamp(0, 255)
@@ -121,9 +123,9 @@ def whole_box(images: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(sides[0]), torch.zeros_like(sides[0]), *sides])
 
 
-def reduce_images(images: Tensor) -> tuple[Tensor, int]:
+def reduce_images(images: Tensor) -> tuple[Tensor, Any]:
     """`foreground.reduce_image` of each image, (B, 3, h, w), by arithmetic alone, and at least 16 cells a side."""
-    height, width = images.shape[1:3]
+    height, width = cast(tuple[Any, Any], images.shape[1:3])  # numbers, or symbols of the graph
     reduction = (torch.sym_max(height, width) + LONG_SIDE_CELLS - 1) // LONG_SIDE_CELLS
     apart = torch.sym_min(reduction - 1, 1) * ((reduction + 1) // 2)  # 0: a cell is a pixel, and counted four times
     cell_px = torch.sym_max(2 * apart, 1)

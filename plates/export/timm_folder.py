@@ -48,8 +48,8 @@ def by_timms_names(bundle: Bundle, model: Classifier) -> tuple[dict[str, Tensor]
     """The tensors, and config.json. Raises: UserError where timm's classifier is no linear layer."""
     found, shape = find_backbone(bundle.backbone), bundle.preprocessing
     architecture = (found.timm_name or bundle.backbone).partition(".")[0]
-    arguments = {"img_size": shape.image_size} if found.is_fixed_size else {}
-    theirs = timm.create_model(architecture, num_classes=len(bundle.classes), **arguments)
+    arguments: dict[str, Any] = {"img_size": shape.image_size} if found.is_fixed_size else {}
+    theirs: Any = timm.create_model(architecture, num_classes=len(bundle.classes), **arguments)
     known = {name: theirs.pretrained_cfg[name] for name in ("classifier", "first_conv")}
     head = {f"{known['classifier']}.{name}": value for name, value in model.head.state_dict().items()}
     state = {name: value.contiguous() for name, value in (model.trunk.state_dict() | head).items()}

@@ -61,6 +61,7 @@ def train(data: str, run: Path, *flags: str) -> pd.DataFrame:
     return pd.read_csv(run / "predictions.csv")
 
 
+FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 SEEN = {
     "resnet18": ["--readout", "stage3/avg+last/max", "--crop", "foreground", "--resize", "border",
                  "--head", "logistic", "--augment", "dihedral", "--weights", "none"],
@@ -69,17 +70,19 @@ SEEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backbone", SEEN)
-def test_a_file_alone_predicts_what_its_run_did(backbone, drawn, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("backbone", "forms"), [("resnet18", [*FILES]), ("timm/test_vit", ["onnx"]), ("efficientnet_lite0", ["torch"])]
+)
+def test_a_file_alone_predicts_what_its_run_did(backbone, forms, drawn, tmp_path, capsys):
     run = tmp_path / "run"
     predicted = train(drawn, run, "--backbone", backbone, *SEEN[backbone])
     chances = predicted[["p_cleaned", "p_dirty"]].to_numpy()
     assert chances.std(0).min() > 5e-3  # they tell images apart
     paths = [Path(drawn, path) for path in predicted["path"]]
-    for form, name in (("onnx", "model.onnx"), ("torch", "model.pt2")):
+    for form in forms:
         assert export_job.main(["--checkpoint", str(run / "checkpoint"), "--format", form]) == 0
         assert f"on 52 images of {drawn}" in capsys.readouterr().out
-        found, at_once, metadata = run_alone(RUN_FILE, run / "checkpoint" / name, *paths)
+        found, at_once, metadata = run_alone(RUN_FILE, run / "checkpoint" / FILES[form], *paths)
         assert np.abs(np.array(found) - chances).max() <= 1e-3
         assert np.abs(np.array(at_once) - chances[:3]).max() <= 1e-3
         assert json.loads(metadata["classes"]) == ["cleaned", "dirty"]

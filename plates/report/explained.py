@@ -48,7 +48,7 @@ def explain_answers(answers: pd.DataFrame, look: Look, folder: Place | None) -> 
             "uri": encode_thumbnail(np.asarray(drawn)),
             "alt": f"map over {row['path']}, predicted {row['label']}{known}",
             "title": f"{row['id']}{known}",
-            "bars": [(row["label"], row["chance"])],
+            "bars": [(row["label"], float(row["chance"]))],
         }
     if not pictures:
         return None

@@ -1,6 +1,7 @@
 """What a prediction says beside its class: unsure, how far from the training images, what decided; and the card."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def test_unsure_is_an_answer_and_what_decided_is_shown(run, tmp_path):
 
     page = (out / "report.html").read_text()
     assert "<dt>Unsure</dt>" in page
-    assert "What decided" in page
+    decided = page.split("What decided")[1].split("<h2>")[0]
+    assert re.search(r"<span>0\.\d{3}</span>", decided)
+    assert "<span>–</span>" not in decided, "each with its probability"
     files = sorted((out / "explained").iterdir())
     num_wrong = len(table) - num_right
     assert max(16, num_wrong) <= len(files) <= 16 + num_wrong

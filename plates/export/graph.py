@@ -4,7 +4,7 @@ Boxes depend on the image, and a graph has no crops whose size does: resizing is
 weights are zero outside of the box. They are those of torch's kernel for bytes, and sums are rounded as there.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def make_pictures(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     fill = torch.tensor([round(255 * value) for value in preprocessing.mean])[:, None, None]
     pixels, longest = images.movedim(-1, 1).float(), cast(int, torch.sym_max(*images.shape[1:3]))
     for side in (1, 0):  # along rows first, as torch
-        box, view = (spans.unflatten(1, (2, 2))[:, :, side] for spans in (boxes, views))
+        box, view = (ends.unflatten(1, (2, 2))[:, :, side] for ends in (boxes, views))
         weights, share_outside = resize_weights(box, view, images.shape[1 + side], longest, preprocessing)
         outside = fill * share_outside[:, None, :, None]  # (B, 3, S, 1)
         pixels = pixels @ weights.mT[:, None] + outside.mT if side else weights[:, None] @ pixels + outside
@@ -123,12 +123,12 @@ def whole_box(images: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(sides[0]), torch.zeros_like(sides[0]), *sides])
 
 
-def reduce_images(images: Tensor) -> tuple[Tensor, Any]:
+def reduce_images(images: Tensor) -> tuple[Tensor, int]:
     """`foreground.reduce_image` of each image, (B, 3, h, w), by arithmetic alone, and at least 16 cells a side."""
-    height, width = cast(tuple[Any, Any], images.shape[1:3])  # numbers, or symbols of the graph
+    height, width = images.shape[1:3]
     reduction = (torch.sym_max(height, width) + LONG_SIDE_CELLS - 1) // LONG_SIDE_CELLS
     apart = torch.sym_min(reduction - 1, 1) * ((reduction + 1) // 2)  # 0: a cell is a pixel, and counted four times
-    cell_px = torch.sym_max(2 * apart, 1)
+    cell_px = cast(int, torch.sym_max(2 * apart, 1))
     cells = images.movedim(-1, 1)
     for dim, side in ((2, height), (3, width)):
         num_cells = torch.sym_max((side - 1 - apart) // cell_px + 1, MIN_SIDE_CELLS)

@@ -151,10 +151,10 @@ def test_no_view_of_an_image_is_computed_twice(folder, tmp_path, monkeypatch, lo
     checkpoint = ["--checkpoint", str(tmp_path / "two" / "checkpoint"), "--data", str(folder), "--num-workers", "0"]
     few = ["--num-trials", "2", "--folds", "2", "--cv-repeats", "1", "--search", "recipe"]
     for job, asked, out, num_passes in (
-        (train_job, [*flags, "2"], "two", 2 * 13 + 4 + 7),  # views of training, validation, test
+        (train_job, [*flags, "2"], "two", 2 * 13 + 4 + 7 + 13),  # views of training, validation, test, reference
         (train_job, [*flags, "4"], "four", 2 * 13),
         (predict_job, checkpoint, "again", 0),
-        (tune_job, [*flags, "2", *few], "sweep", 2 * 4 + 13),
+        (tune_job, [*flags, "2", *few], "sweep", 2 * 4),
     ):
         counts.clear()
         assert job.main([*asked, "--out", str(tmp_path / out)]) == 0
@@ -169,7 +169,7 @@ def test_a_changed_file_or_weight_is_never_served_stale(folder, tmp_path, reads,
     write_picture(folder / "train" / "dirty" / "1.png", seed=999, height=56, width=41)
     reads.clear()
     changed = train_on(0, config, tmp_path)
-    assert reads == ["train/dirty/1.png"]
+    assert reads == ["train/dirty/1.png"] * 2  # its views to train on, and as it is
     with monkeypatch.context() as other:
         other.setenv("PLATES_CACHE", str(tmp_path / "empty"))
         assert_same(changed, train_on(0, config, tmp_path), tolerance=1e-5)

@@ -25,7 +25,7 @@ def check_scores(run, truth):
             predicted_any = name != "precision" or label in set(table["label"])
             assert found == (measure(true, table["label"], pos_label=label) if predicted_any else None)
     page = (run / "report.html").read_text()
-    rows = re.findall(r"<tr><td>(cleaned|dirty)</td>" + r'<td class="n">([^<]*)</td>' * 3 + "</tr>", page)
+    rows = re.findall(r"<tr><td>(cleaned|dirty)</td>" + r'<td class="n">([^<]*%|–)</td>' * 3 + "</tr>", page)
     recall = {label: figures[f"test/recall/{label}"] for label in ("cleaned", "dirty")}
     assert {label: cells[1] for label, *cells in rows[-2:]} == {key: f"{value:.1%}" for key, value in recall.items()}
 

@@ -11,6 +11,7 @@ from plates.dataset import Dataset, Seen, Skipped
 from plates.duplicates import find_sets
 from plates.images import CUT_OFF, EMPTY_FILE
 from plates.looks import LOOK, NUM_BITS
+from plates.samples import Samples
 from plates.sources import Source, SyntheticSource
 
 # The last seven as cleanlab names them; a cell that does not apply is empty.
@@ -49,11 +50,13 @@ def find_issues(
     skipped: Sequence[Skipped],
     dropped: pd.DataFrame | None = None,
     out_of_fold: pd.DataFrame | None = None,
+    near: pd.DataFrame | None = None,
 ) -> Issues:
     """Args:
     seen, skipped: by split what was seen of the images as they were listed, and those that cannot be read.
     dropped: duplicates that were left out of training, as `drop_duplicates` tells them.
     out_of_fold: path, label, p_CLASS…: what a model said of labelled images that it was not trained on.
+    near: near duplicates by their features, as `find_near` tells them.
     """
     unseen = {"test": Seen(dataset.test, np.zeros(len(dataset.test), LOOK))} if dataset.test else {}
     images = list_images(dataset.classes, seen | {split: one for split, one in unseen.items() if split not in seen})
@@ -62,13 +65,36 @@ def find_issues(
         pd.DataFrame({"path": [one.path], "split": [one.split], "issue": [name_unreadable(one.reason)]})
         for one in skipped
     ]
-    parts += [find_class_issues(dataset.classes, counts), find_odd_sizes(images), describe_duplicates(images)]
-    parts += [part for part in (dropped, doubt_labels(out_of_fold, images)) if part is not None]
+    duplicates = describe_duplicates(images)
+    near = None if near is None else near[~near["path"].isin(duplicates["path"])]
+    parts += [find_class_issues(dataset.classes, counts), find_odd_sizes(images), duplicates]
+    parts += [part for part in (near, dropped, doubt_labels(out_of_fold, images)) if part is not None]
     table = pd.concat([pd.DataFrame(columns=COLUMNS, dtype=object), *(part.astype(object) for part in parts)])
     ranks = table["issue"].map({kind: rank for rank, kind in enumerate(KINDS)})
     table = table.iloc[np.argsort(ranks.to_numpy(int), kind="stable")].reset_index(drop=True)[COLUMNS]
     lines = [tell_counts(counts), *tell_issues(table, images), *tell_imbalance(counts)]
+    if near is not None and len(near):
+        lines.insert(1, f"by their features near to training images: {len(near)} ({name_first(near['path'])})")
     return Issues(table, counts, [*lines, *tell_unseen(images, skipped, dataset.source)])
+
+
+def find_near(test: Seen, near: np.ndarray, train: Samples) -> pd.DataFrame:
+    """Near duplicates of training images, by their features, among the test images that have no hash, as rows of
+    data_issues.csv.
+
+    Args:
+        near: (N, 2) of the test images, as `Reference.near_duplicates` has it.
+        train: the images of its indices.
+    """
+    indices = np.flatnonzero((test.looks["width"] == 0) & (near[:, 1] >= 0))
+    paths, others = (
+        samples.take(chosen).table["path"].to_pandas()
+        for samples, chosen in ((test.samples, indices), (train, near[indices, 1].astype(int)))
+    )
+    return pd.DataFrame(
+        {"path": paths, "split": "test", "issue": "near_duplicate", "is_near_duplicate_issue": True,
+         "near_duplicate_score": near[indices, 0], "near_duplicate_sets": others}
+    )  # fmt: skip
 
 
 def list_images(classes: Sequence[str], seen: dict[str, Seen]) -> pd.DataFrame:
@@ -242,4 +268,5 @@ def tell_unseen(images: pd.DataFrame, skipped: Sequence[Skipped], source: Source
     num_unseen = (is_unseen & ~images["path"].isin([one.path for one in skipped])).sum()
     if not num_unseen or isinstance(source, SyntheticSource):
         return []
-    return [f"not decoded: {num_unseen} images, of which only exact duplicates are told; plates check-data tells all"]
+    told = "exact duplicates are told, and test images near to training ones by their features"
+    return [f"not decoded: {num_unseen} images, of which {told}; plates check-data tells all"]

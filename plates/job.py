@@ -13,12 +13,13 @@ from plates.balance import weigh_classes
 from plates.checkpoint import Bundle, save_bundle
 from plates.cluster import Plan, plan_job
 from plates.config import EXIT_OK, EXIT_SOME_UNREADABLE, PredictConfig, TrainConfig, UserError
-from plates.data_issues import drop_duplicates, find_issues
+from plates.data_issues import drop_duplicates, find_issues, find_near
 from plates.dataset import Dataset, Seen, Skipped, check_dataset, count_classes, load_dataset, look_over
 from plates.device import decide_precision
 from plates.model import Weights, assemble, preprocessing_of
 from plates.predict import explain, list_answers, print_skipped, tabulate_predictions, write_predictions
 from plates.preflight import check_nodes
+from plates.reference import spread_evenly
 from plates.report import summary_table, write_report
 from plates.report.card import write_card
 from plates.report.explained import FOLDER
@@ -215,10 +216,14 @@ def write_issues(
     started: Started, predicted: Predicted, skipped: list[Skipped], out_of_fold: pd.DataFrame | None
 ) -> None:
     """data_issues.csv, now that the test split was seen, too; tells what was not told at the start."""
-    loaded, seen = started.loaded, dict(started.loaded.seen)
+    loaded, seen, dataset = started.loaded, dict(started.loaded.seen), started.task.dataset
     if predicted.seen and "test" not in seen:
         seen["test"] = predicted.seen
-    found = find_issues(started.task.dataset, seen, skipped, loaded.dropped, out_of_fold)
+    near = None
+    if "test" in seen and predicted.near is not None:
+        compared = dataset.train.take(spread_evenly(len(dataset.train)))
+        near = find_near(seen["test"], predicted.near.numpy(), compared)
+    found = find_issues(dataset, seen, skipped, loaded.dropped, out_of_fold, near)
     rundir.write_data_check(started.task.run, found.table, found.counts, found.lines)
     new = [line for line in found.lines[1:] if line not in started.told]
     print(*new, sep="\n", end="\n" * bool(new))

@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 MAX_IMAGES = 2000
+# Of the median distance between images: nearer ones are near duplicates. cleanlab's rule, which has 0.13. Measured
+# with EfficientNet-Lite0 on 744 test photos of plates and 400 drawn ones: none is below 0.56. Of copies of 40 photos
+# all of JPEG quality 95 are below 0.45, 36 mirrored ones, 17 of quality 60, 3 that were halved.
+NEAR_SHARE = 0.45
 
 
 @dataclass(frozen=True)
@@ -23,16 +27,23 @@ class Reference:
     def of(cls, features: Tensor) -> "Reference":
         """features: (R, F) of at least two training images as prediction sees them."""
         kept = normalize(features.float()).half()
-        distances = nearest(kept.float(), kept, is_among=True)
+        distances, _ = nearest(kept.float(), kept, is_among=True)
         return cls(kept, distances.sort().values)
 
     def quantiles(self, features: Tensor) -> Tensor:
         """(n, 1) float32, 0 to 1: the share of the training images that are nearer to their nearest other one than
         each of (n, F) images is to its nearest training image; interpolated."""
-        distances = nearest(normalize(features.float()), self.features)
+        distances, _ = nearest(normalize(features.float()), self.features)
         shares = np.arange(len(self.distances) + 1) / len(self.distances)
         known = np.concatenate([[0.0], self.distances.numpy()])
         return torch.from_numpy(np.interp(distances.numpy(), known, shares))[:, None].float()
+
+    def near_duplicates(self, features: Tensor) -> Tensor:
+        """(n, 2) float32 of (n, F) images: how far each is from its nearest training image, over the median distance
+        between these; and that one's index, -1 where it is no near duplicate."""
+        distances, indices = nearest(normalize(features.float()), self.features)
+        shares = distances / self.distances.median()
+        return torch.stack([shares, indices.where(shares < NEAR_SHARE, -1).float()], 1)
 
 
 def spread_evenly(num_images: int) -> Sequence[int]:
@@ -40,13 +51,14 @@ def spread_evenly(num_images: int) -> Sequence[int]:
     return np.linspace(0, num_images - 1, min(num_images, MAX_IMAGES)).round().astype(int).tolist()
 
 
-def nearest(features: Tensor, known: Tensor, *, is_among: bool = False) -> Tensor:
-    """(n,) Euclidean distance of each of (n, F) features to the nearest of the known ones (R, F), all of length 1: as
-    Y. Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, 2022.
+def nearest(features: Tensor, known: Tensor, *, is_among: bool = False) -> tuple[Tensor, Tensor]:
+    """(n,) Euclidean distance of each of (n, F) features to the nearest of the known ones (R, F), and that one's
+    index, all of length 1: as Y. Sun et al., Out-of-Distribution Detection with Deep Nearest Neighbors, 2022.
 
     is_among: the features are the known ones, and each leaves itself out.
     """
     cosines = features @ known.float().T
     if is_among:
         cosines.fill_diagonal_(-1)
-    return (2 - 2 * cosines.amax(1)).clamp(min=0).sqrt()
+    closest, indices = cosines.max(1)
+    return (2 - 2 * closest).clamp(min=0).sqrt(), indices

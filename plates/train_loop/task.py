@@ -77,8 +77,8 @@ class Fitted:
 class Predicted:
     """The test split in its order: (N, C) logits on the CPU, not a number where `errors` says by path why an image
     cannot be read; one timing row a worker; what was seen of its images by those that decoded them; the training
-    images that images were compared with, and (N,) how far each is from them as `Reference.quantiles` has it, None
-    where there are none."""
+    images that images were compared with, and how far each is from them as `Reference.quantiles` has it, (N,), and as
+    `Reference.near_duplicates` has it, (N, 2); None where there are none."""
 
     logits: Tensor
     errors: dict[str, str]
@@ -86,6 +86,7 @@ class Predicted:
     seen: Seen | None = None
     reference: Reference | None = None
     quantiles: Tensor | None = None
+    near: Tensor | None = None
 
 
 @dataclass(frozen=True)

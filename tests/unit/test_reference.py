@@ -37,6 +37,13 @@ def test_the_quantile_is_that_of_the_distances_between_training_images():
     assert reference.features.dtype == torch.float16
 
 
+def test_a_near_duplicate_is_within_45_hundredths_of_the_median_distance_between_images():
+    reference = Reference.of(at(0, 10, 30, 60, 90))  # nearest: 10, 10, 20, 30 and 30 degrees
+    shares, indices = reference.near_duplicates(at(0, 4, 41, 98, 101)).T
+    assert shares.tolist() == pytest.approx([chord(d) / chord(20) for d in (0, 4, 11, 8, 11)], abs=0.02)
+    assert indices.tolist() == [0, 0, -1, 4, -1]
+
+
 def test_many_images_are_drawn_evenly():
     assert spread_evenly(3) == [0, 1, 2]
     chosen = spread_evenly(10 * MAX_IMAGES)

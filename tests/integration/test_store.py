@@ -20,7 +20,7 @@ def test_damaged_parts_are_computed_again(folder, tmp_path, own_cache):
     config = replace(CONFIG, data=str(folder))
     one = train_on(0, config, tmp_path)
     stored = list((own_cache / "features").rglob("*.arrow"))
-    assert len(stored) == 3  # of training, validation and test
+    assert len(stored) == 4  # of training, validation and test, and of the training images as they are
     for part in stored:
         part.write_bytes(part.read_bytes()[:1000])
     again = train_on(0, config, tmp_path)

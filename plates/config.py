@@ -94,18 +94,6 @@ class ModelConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckDataConfig(DataConfig):
-    """Tell what is odd about a data set: files that cannot be read, duplicates, above all across its splits, odd
-    sizes, classes. A page and data_issues.csv; nothing is changed.
-
-    plates check-data --data PHOTOS
-    """
-
-    skip_unreadable: bool = False
-    """Changes nothing here: images that cannot be read are always told, and end the job with exit code 3."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig(ModelConfig, WorkerConfig, DataConfig):
     """Fine-tune a classifier, predict the test split, write a report.
 

@@ -83,7 +83,7 @@ def find_near(test: Seen, near: np.ndarray, train: Samples) -> pd.DataFrame:
     data_issues.csv.
 
     Args:
-        near: (N, 2) of the test images, as `Reference.near_duplicates` has it.
+        near: (N, 2) of the test images, the last of `Reference.compare`: how near, and the index, -1 of none.
         train: the images of its indices.
     """
     indices = np.flatnonzero((test.looks["width"] == 0) & (near[:, 1] >= 0))

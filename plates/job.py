@@ -220,9 +220,9 @@ def write_issues(
     if predicted.seen and "test" not in seen:
         seen["test"] = predicted.seen
     near = None
-    if "test" in seen and predicted.near is not None:
-        compared = dataset.train.take(spread_evenly(len(dataset.train)))
-        near = find_near(seen["test"], predicted.near.numpy(), compared)
+    if "test" in seen and predicted.compared is not None:
+        known = dataset.train.take(spread_evenly(len(dataset.train)))
+        near = find_near(seen["test"], predicted.compared[:, 1:].numpy(), known)
     found = find_issues(dataset, seen, skipped, loaded.dropped, out_of_fold, near)
     rundir.write_data_check(started.task.run, found.table, found.counts, found.lines)
     new = [line for line in found.lines[1:] if line not in started.told]

@@ -42,8 +42,8 @@ def tabulate_predictions(predicted: Predicted, dataset: Dataset, abstain_below: 
     answers = list_answers(samples, logits, dataset.classes)
     chances = pd.DataFrame(logits.softmax(1).numpy(), columns=pd.Index([f"p_{name}" for name in dataset.classes]))
     table = pd.concat([answers[["path", "id", "label"]], chances], axis=1)
-    if predicted.quantiles is not None:
-        table["distance_quantile"] = predicted.quantiles[torch.tensor(is_read, dtype=torch.bool)].numpy()
+    if predicted.compared is not None:
+        table["distance_quantile"] = predicted.compared[torch.tensor(is_read, dtype=torch.bool), 0].numpy()
     figures: dict[str, float | int] = {"test/num_images": len(table), "test/num_unreadable": len(predicted.errors)}
     if len(samples) and not samples.table["label"].null_count:
         figures |= score(logits, samples.labels, dataset.classes, "test")

@@ -30,20 +30,19 @@ class Reference:
         distances, _ = nearest(kept.float(), kept, is_among=True)
         return cls(kept, distances.sort().values)
 
-    def quantiles(self, features: Tensor) -> Tensor:
-        """(n, 1) float32, 0 to 1: the share of the training images that are nearer to their nearest other one than
-        each of (n, F) images is to its nearest training image; interpolated."""
-        distances, _ = nearest(normalize(features.float()), self.features)
+    def compare(self, features: Tensor) -> Tensor:
+        """(n, 3) float32 of (n, F) images.
+
+        How far each is: 0 to 1, the share of the training images that are nearer to their nearest other one than it
+        is to its nearest training image, interpolated. That distance over the median one between training images. And
+        the index of the training image that it is a near duplicate of, else -1.
+        """
+        distances, indices = nearest(normalize(features.float()), self.features)
         shares = np.arange(len(self.distances) + 1) / len(self.distances)
         known = np.concatenate([[0.0], self.distances.numpy()])
-        return torch.from_numpy(np.interp(distances.numpy(), known, shares))[:, None].float()
-
-    def near_duplicates(self, features: Tensor) -> Tensor:
-        """(n, 2) float32 of (n, F) images: how far each is from its nearest training image, over the median distance
-        between these; and that one's index, -1 where it is no near duplicate."""
-        distances, indices = nearest(normalize(features.float()), self.features)
-        shares = distances / self.distances.median()
-        return torch.stack([shares, indices.where(shares < NEAR_SHARE, -1).float()], 1)
+        quantiles = torch.from_numpy(np.interp(distances.numpy(), known, shares)).float()
+        over_median = distances / self.distances.median()
+        return torch.stack([quantiles, over_median, indices.where(over_median < NEAR_SHARE, -1).float()], 1)
 
 
 def spread_evenly(num_images: int) -> Sequence[int]:

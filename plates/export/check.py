@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -60,9 +61,7 @@ def difference_of(found: Tensor, expected: Tensor) -> float:
 
 def find_datasets(checkpoint: Place) -> Iterator[tuple[Dataset, str]]:
     """The run's own data, where it is still there, then drawn plates; and their names."""
-    try:
+    with suppress(OSError, ValueError, KeyError, UserError):  # the run is gone, or its data
         config = json.loads((checkpoint.parent / CONFIG_FILE).read_text())
         yield load_test_split(config["data"], config.get("seed", 0)), f"images of {config['data']}"
-    except (OSError, ValueError, KeyError, UserError):
-        pass
     yield load_test_split(f"synthetic:{NUM_IMAGES}", 0), "drawn plates, since the run's own images are gone"

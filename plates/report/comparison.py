@@ -23,7 +23,7 @@ from plates.rules import is_drawn
 from plates.storage import Place, place_of
 
 JOBS = ("train", "tune", "predict")
-NO_SETTINGS = {"status", "requested", "notes", "timing", "versions"}  # of config.json
+NO_SETTINGS = {"status", "requested", "notes", "timing", "versions", "data_check"}  # of config.json
 CURVES = ("train/loss", "val/loss", "val/accuracy")
 LOOKS = [(colour, dash) for dash in ("-", "--", ":", "-.") for colour in ("accent", "train", "muted")]
 NUM_PICTURES = 24

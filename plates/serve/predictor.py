@@ -39,10 +39,10 @@ class Predictor:
     @torch.inference_mode()
     def predict(self, images: Sequence[Views]) -> list[Answer]:
         """Of each image its C probabilities and, where the bundle has training images to compare with, how far it is
-        from them, as `Reference.quantiles` has it."""
+        from them, the quantile of `Reference.compare`."""
         rows = torch.stack([*forward_all(self.trunk, images)])  # (N, V, F), on the CPU
         reference = self.bundle.reference
-        quantiles = reference.quantiles(rows[:, 0])[:, 0].tolist() if reference else [None] * len(rows)
+        quantiles = reference.compare(rows[:, 0])[:, 0].tolist() if reference else [None] * len(rows)
         return [*zip(self.head(rows).mean(1).softmax(1).tolist(), quantiles, strict=True)]
 
     def explain(self, data: bytes, name: str, label: str) -> dict[str, str]:

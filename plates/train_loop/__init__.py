@@ -168,20 +168,19 @@ def predict_test(
         stored, is_read, seen = shared.complete_test()
         found = shared.logits(model.head, stored) if has_head else shared.on_rank_0(stored)
         as_is = stored.every(len(shared.task.config.eval_views))
-        how_far = shared.of_rows(reference.quantiles, 1, as_is) if reference else None
-        near = shared.of_rows(reference.near_duplicates, 2, as_is) if reference else None
+        compared = shared.of_rows(reference.compare, 3, as_is) if reference else None
     timings = clock.gather_rows(num_train_images, shared.num_computed - num_before, steady_rate)
     if found is None:
         return None
     num_columns = model.head.out_features if has_head else model.head.in_features
-    outputs, quantiles, of_all = (torch.full((len(is_read), num), torch.nan) for num in (num_columns, 1, 2))
+    outputs, of_all = (torch.full((len(is_read), num), torch.nan) for num in (num_columns, 3))
     if len(found):  # none has no columns
         by_view = found[:].unflatten(0, (int(is_read.sum()), -1))
         outputs[torch.from_numpy(is_read)] = by_view.mean(1)
-    if how_far is None or near is None:
+    if compared is None:
         return Predicted(outputs, shared.errors, timings, seen)
-    quantiles[torch.from_numpy(is_read)], of_all[torch.from_numpy(is_read)] = how_far, near
-    return Predicted(outputs, shared.errors, timings, seen, reference, quantiles[:, 0], of_all)
+    of_all[torch.from_numpy(is_read)] = compared
+    return Predicted(outputs, shared.errors, timings, seen, reference, of_all)
 
 
 def build_model(task: Task) -> Classifier:

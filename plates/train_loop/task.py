@@ -77,16 +77,15 @@ class Fitted:
 class Predicted:
     """The test split in its order: (N, C) logits on the CPU, not a number where `errors` says by path why an image
     cannot be read; one timing row a worker; what was seen of its images by those that decoded them; the training
-    images that images were compared with, and how far each is from them as `Reference.quantiles` has it, (N,), and as
-    `Reference.near_duplicates` has it, (N, 2); None where there are none."""
+    images that images were compared with, and (N, 3) what `Reference.compare` gives of each; None where there are
+    none."""
 
     logits: Tensor
     errors: dict[str, str]
     timings: list[dict[str, Any]]
     seen: Seen | None = None
     reference: Reference | None = None
-    quantiles: Tensor | None = None
-    near: Tensor | None = None
+    compared: Tensor | None = None
 
 
 @dataclass(frozen=True)

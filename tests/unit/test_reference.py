@@ -31,7 +31,7 @@ def chord(degrees: float) -> float:
 def test_the_quantile_is_that_of_the_distances_between_training_images():
     reference = Reference.of(at(0, 10, 30, 60))  # nearest: 10, 10, 20 and 30 degrees
     assert reference.distances.tolist() == pytest.approx([chord(d) for d in (10, 10, 20, 30)], abs=2e-3)
-    found = reference.quantiles(at(0, 335, 80, 150) * torch.tensor([[1], [9], [0.1], [3]]))[:, 0]
+    found = reference.compare(at(0, 335, 80, 150) * torch.tensor([[1], [9], [0.1], [3]]))[:, 0]
     between = (chord(25) - chord(20)) / (chord(30) - chord(20))
     assert found.tolist() == pytest.approx([0, 0.75 + 0.25 * between, 0.75, 1], abs=0.02)
     assert reference.features.dtype == torch.float16
@@ -39,7 +39,7 @@ def test_the_quantile_is_that_of_the_distances_between_training_images():
 
 def test_a_near_duplicate_is_within_45_hundredths_of_the_median_distance_between_images():
     reference = Reference.of(at(0, 10, 30, 60, 90))  # nearest: 10, 10, 20, 30 and 30 degrees
-    shares, indices = reference.near_duplicates(at(0, 4, 41, 98, 101)).T
+    _, shares, indices = reference.compare(at(0, 4, 41, 98, 101)).T
     assert shares.tolist() == pytest.approx([chord(d) / chord(20) for d in (0, 4, 11, 8, 11)], abs=0.02)
     assert indices.tolist() == [0, 0, -1, 4, -1]
 
@@ -63,7 +63,7 @@ def test_a_bundle_keeps_it_and_one_without_it_loads(tmp_path):
     assert torch.equal(loaded.features, reference.features)
     assert torch.equal(loaded.distances, reference.distances)
     rows = torch.rand(4, 20, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(loaded.quantiles(rows), reference.quantiles(rows))
+    assert torch.equal(loaded.compare(rows), reference.compare(rows))
 
 
 def draw_noise(draw: np.random.Generator) -> np.ndarray:
@@ -138,11 +138,11 @@ def test_no_plates_are_beyond_and_other_plates_are_not():
 
     reference = Reference.of(see([dataset.source.read(sample.path) for sample in dataset.train]))
     plates = see([dataset.source.read(sample.path) for sample in dataset.test[:40]])
-    assert (reference.quantiles(plates) > 0.95).float().mean() <= 0.1
+    assert (reference.compare(plates)[:, 0] > 0.95).float().mean() <= 0.1
     draw = np.random.default_rng(0)
     others = {
         name: see([torch.from_numpy(picture(draw).copy()).permute(2, 0, 1) for _ in range(8)])
         for name, picture in KINDS.items()
     }
-    is_beyond = {name: (reference.quantiles(rows) > 0.95).float().mean() for name, rows in others.items()}
+    is_beyond = {name: (reference.compare(rows)[:, 0] > 0.95).float().mean() for name, rows in others.items()}
     assert min(is_beyond.values()) >= 0.9, is_beyond

@@ -1,13 +1,56 @@
-"""Whether a Ray cluster answers at an address, asked before Ray itself would wait for one."""
+"""Ray's start, or the way to a cluster, which is asked whether it answers before Ray itself would wait for it."""
 
+import logging
 import os
+import signal
 import socket
+import threading
+from importlib import import_module
 from pathlib import Path
 
-from plates.config import UserError
-from plates.ray_private import ask_alive
+from plates.config import PredictConfig, TrainConfig, UserError
+from plates.ray_private import ask_alive, require
+from plates.rules import is_drawn
 
 CONNECT_TIMEOUT_S = 5.0
+IMPORTED_EARLY = ("plates.job", "sklearn.metrics", "matplotlib.figure")  # the last two for figures and plots
+
+
+def is_in_cluster() -> bool:
+    """A job's driver, or a shell whose RAY_ADDRESS names a cluster."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def start_ray() -> None:
+    """Connects to the cluster of RAY_ADDRESS, else starts Ray on this machine. Raises: UserError."""
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    check_address(address)
+    import ray
+
+    require("ray.autoscaler", "ray.experimental")
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address == "local":
+            raise
+        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which aborts
+
+
+def start_ray_early(config: TrainConfig | PredictConfig) -> None:
+    """Where the flags ask for workers, starts Ray while a thread imports what a job needs: each keeps a core busy for
+    seconds. Where there is no such data, that is left to be told first.
+
+    Raises: UserError as `start_ray`.
+    """
+    is_wanted = is_in_cluster() if config.num_workers == "auto" else config.num_workers > 0
+    data = config.data
+    if is_wanted and (is_drawn(data) or data.startswith("kaggle:") or "://" in data or Path(data).exists()):
+        threading.Thread(target=lambda: [import_module(name) for name in IMPORTED_EARLY]).start()
+        start_ray()
 
 
 def check_address(address: str) -> None:

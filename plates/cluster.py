@@ -1,20 +1,16 @@
 """What the machine or the cluster has, and what a job will use of it."""
 
-import logging
-import os
-import signal
 import socket
-import threading
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from plates.address import check_address
+from plates.address import is_in_cluster, start_ray
 from plates.config import UserError, WorkerConfig
 from plates.device import num_usable_cpus
-from plates.ray_private import count_coming, require
+from plates.ray_private import count_coming
 
 FIRST_NODE_S = 20.0  # in which a cluster that has just started shows a node
 AUTOSCALER_ANSWERS_S = 10.0  # in which an autoscaler that can help has nodes on their way
@@ -223,30 +219,6 @@ def find_room(plan: Plan, has_lost: bool = False) -> Plan:
 
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def is_in_cluster() -> bool:
-    """A job's driver, or a shell whose RAY_ADDRESS names a cluster."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def start_ray() -> None:
-    """Connects to the cluster of RAY_ADDRESS, else starts Ray on this machine. Raises: UserError."""
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    check_address(address)
-    import ray
-
-    require("ray.autoscaler", "ray.experimental")
-    if ray.is_initialized():
-        return
-    try:
-        ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if address == "local":
-            raise
-        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which aborts
 
 
 def list_nodes(resource: str | None = None) -> list[Node]:

@@ -77,9 +77,8 @@ def start(
         dataset = loaded.dataset
         told = find_issues(dataset, loaded.seen, loaded.skipped, loaded.dropped).lines if loaded.seen else []
     class_weights = weigh_classes(training.class_weights, dataset)  # refuses a class that there is not
+    plan = plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
     phases.seconds["process"] = process_age_s() - phases.seconds["data"]
-    with phases.measure("ray"):
-        plan = plan_job(config.num_workers, config.device, config.cpus_per_worker, config.wait_for_nodes_s)
     best = check_nodes(plan, dataset, run, cache_root() if training.trainable == "head" else None)
     if bundle:
         weights = Weights(bundle.backbone, {}, info.get("weights_source", ""), info.get("backbone_reason", ""))

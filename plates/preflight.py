@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from plates.cluster import Plan, is_in_cluster, this_node
+from plates.address import is_in_cluster
+from plates.cluster import Plan, this_node
 from plates.config import UserError
 from plates.dataset import Dataset
 from plates.device import LEAST_ABLE_FIRST, best_precision, devices_here

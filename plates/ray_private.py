@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 NAMES = (
     "ray.autoscaler.v2.sdk:get_cluster_status",
     "ray.autoscaler.v2.utils:is_autoscaler_v2",
+    "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator:get_or_create_autoscaling_coordinator",
     "ray.experimental.internal_kv:_internal_kv_get",
     "ray.experimental.tqdm_ray:tqdm",
     "ray.job_submission:JobSubmissionClient._do_request",
     "ray.train.torch:TorchTrainer._create_default_callbacks",
     "ray.train.torch:TorchTrainer._register_sigint_handler",
+    "ray.train.v2._internal.callbacks.datasets:DatasetsCallback",
     "ray.train.v2._internal.exceptions:RayTrainError",
     "ray.train.v2._internal.execution.callback:ControllerCallback.before_controller_shutdown",
     "ray.train.v2._internal.execution.callback:WorkerGroupCallback.after_worker_group_poll_status",
@@ -42,6 +44,7 @@ NAMES = (
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 AUTOSCALER_STATUS = "__autoscaling_status"
 POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
 def require(*packages: str) -> None:
@@ -116,18 +119,29 @@ def ray_train_error() -> type[Exception]:
 
 def trainer_class(missing: list[dict[str, float]], seconds_to_grow: float) -> "type[TorchTrainer]":
     """A TorchTrainer for a group that lacks workers of these resources: it may grow, leaves nothing behind when it is
-    lost, is polled every 0.2 s and can be interrupted.
+    lost, is polled every 0.2 s, can be interrupted, and starts as few processes as it can.
 
-    Without POLL_INTERVAL: the end of a group is seen up to 2 s later. Its callbacks come before Ray's, one of which
-    fails where a worker is lost; those of RunConfig, and that is for the public UserCallback, come after them. They
-    are shipped to the controller by value, which then imports nothing of ours.
+    Without POLL_INTERVAL: the end of a group is seen up to 2 s later. Without the next three, a group starts 3 s
+    later on 2 cores: Ray Data's coordinator, which the controller waits for, starts beside it; Ray Data's manager,
+    for data sets that we do not have, and the watcher for nodes that are told to go, whose workers we replace when
+    they are gone, start not at all.
+
+    The callbacks come before Ray's, one of which fails where a worker is lost; those of RunConfig, and that is for
+    the public UserCallback, come after them. They are shipped to the controller by value, which then imports nothing
+    of ours.
     """
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
     from ray.train import WorkerGroupError
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
     from ray.util import placement_group, remove_placement_group
 
     os.environ.setdefault(POLL_INTERVAL, "0.2")
+    os.environ.setdefault(PREEMPTION_WATCHER, "0")
+    get_or_create_autoscaling_coordinator()
 
     class ReleaseRoom(ControllerCallback, WorkerGroupCallback):
         """Gives back the placement group of workers that died between their start and their first line of training.
@@ -171,7 +185,9 @@ def trainer_class(missing: list[dict[str, float]], seconds_to_grow: float) -> "t
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            return [ReleaseRoom(), AskForMore(), *super()._create_default_callbacks()]
+            """Ours, and Ray's but for the one of Ray Data, which starts a process beside the workers."""
+            of_ray = [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+            return [ReleaseRoom(), AskForMore(), *of_ray]
 
         def _register_sigint_handler(self, controller: Any) -> None:
             """Without this: Ray's handler (ray-project/ray#53600) stays after the run and swallows every Ctrl-C."""

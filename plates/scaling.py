@@ -28,7 +28,7 @@ from plates.rundir import read_csv, write_atomically
 from plates.storage import Place, remove_tree
 
 PHASES = ["startup_s", "data_s", "train_s", "inference_s", "teardown_s", "total_s"]
-STARTUP_PARTS = ["startup_process_s", "startup_ray_s", "startup_group_s"]
+STARTUP_PARTS = ["startup_process_s", "startup_group_s"]
 RATES = ["train_images_per_sec", "steady_images_per_sec", "inference_images_per_sec"]
 SETUP = ["device_name", "num_nodes", "threads_per_worker", "precision", "global_batch_size"]
 SCORES = ["val/accuracy", "val/loss"]

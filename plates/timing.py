@@ -89,13 +89,12 @@ def device_name(device: torch.device) -> str:
 def startup_and_pace(driver: Phases, trained: list[dict[str, Any]]) -> dict[str, float | None]:
     """What config.json tells beyond timing.csv: parts of start-up, and the steady rate of all workers together.
 
-    Of the driver's phases "process", until the imports are done, and "ray", until Ray is connected, and of what each
-    worker of training measured.
+    Of the driver's phase "process", until all is imported and Ray is connected, and of what each worker of training
+    measured.
     """
     rates = [row["steady_images_per_sec"] for row in trained]
     return {
         "startup_process_s": driver.seconds["process"],
-        "startup_ray_s": driver.seconds["ray"],
         "startup_group_s": max(row["startup_s"] for row in trained),
         "steady_images_per_sec": None if None in rates else sum(rates),
     }

@@ -3,11 +3,13 @@
 import sys
 from functools import partial
 
+from plates.address import start_ray_early
 from plates.command import run_job
 from plates.config import TrainConfig
 
 
 def train(config: TrainConfig) -> int:
+    start_ray_early(config)
     # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
     import pandas as pd
 

@@ -4,11 +4,13 @@ import sys
 from dataclasses import replace
 from functools import partial
 
+from plates.address import start_ray_early
 from plates.command import run_job
 from plates.config import TuneConfig
 
 
 def tune(config: TuneConfig) -> int:
+    start_ray_early(config)
     # Imported here, so that --help and a mistaken flag answer at once: torch alone takes seconds.
     from plates.dataset import merge_labelled
     from plates.job import LoadedData, finish, load_labelled, start

@@ -16,7 +16,7 @@ from plates.timing import NUM_WARM_UP_IMAGES
 PHASES = ["data", "train", "inference", "teardown"]
 # How the plot of phases shows each.
 SHADES = {"startup": "line", "data": "muted", "train": "accent", "inference": "train", "teardown": "muted"}
-STARTUP_PARTS = {"process": "startup_process_s", "Ray": "startup_ray_s", "group": "startup_group_s"}
+STARTUP_PARTS = {"process and Ray": "startup_process_s", "group": "startup_group_s"}
 COUNTS = {"nodes": "num_nodes", "threads": "threads_per_worker", "global batch": "global_batch_size"}
 RATES = {
     "train/s": "train_images_per_sec",

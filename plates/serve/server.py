@@ -17,8 +17,9 @@ from ray import serve
 from ray.serve.metrics import Counter
 from starlette.applications import Starlette
 
+from plates.address import is_in_cluster, start_ray
 from plates.checkpoint import Bundle
-from plates.cluster import Plan, is_in_cluster, list_nodes, plan_workers, plural, start_ray
+from plates.cluster import Plan, list_nodes, plan_workers, plural
 from plates.config import TrainConfig, UserError
 from plates.device import best_precision, decide_precision, set_up_process
 from plates.features import Views

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plates.cluster import Plan, find_room, start_ray
+from plates.address import start_ray
+from plates.cluster import Plan, find_room
 from plates.config import TuneConfig
 from plates.head import Heads, HeadSettings, fit_heads
 from plates.sweep.readout_trials import Pass, score_readouts

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from plates.cluster import Node, Plan, list_nodes, plural, share_cpus, start_ray
+from plates.address import start_ray
+from plates.cluster import Node, Plan, list_nodes, plural, share_cpus
 from plates.config import TuneConfig, UserError
 from plates.ray_private import lasting_asha, require
 from plates.rundir import write_json

@@ -14,7 +14,8 @@ import pytest
 import torch
 from test_train import CONFIG, predict_on, train_on
 
-from plates.cluster import Plan, list_nodes, plan_workers, start_ray
+from plates.address import start_ray
+from plates.cluster import Plan, list_nodes, plan_workers
 from plates.config import TrainConfig
 from plates.device import num_usable_cpus
 from plates.model import preprocessing_of

@@ -38,10 +38,9 @@ def test_a_benchmark_writes_its_table_and_says_what_could_not_run(tmp_path, caps
     assert on_ray["startup_s"]["median"] > here["startup_s"]["median"]
     table = pd.read_csv(run / "benchmark.csv")
     assert len(table) == 6
-    parts = table.set_index("row").loc["1 Ray worker, cpu", ["startup_process_s", "startup_ray_s", "startup_group_s"]]
+    parts = table.set_index("row").loc["1 Ray worker, cpu", ["startup_process_s", "startup_group_s"]]
     assert (parts > 0.5).all()
     assert parts.sum() < on_ray["startup_s"]["median"]
-    assert here["startup_ray_s"]["median"] < 0.5
     assert len(pd.read_csv(run / "predictions.csv")) == 12
     page = (run / "report.html").read_text()
     assert "454.933 s" in page

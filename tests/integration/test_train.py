@@ -1,6 +1,8 @@
 """The main job on 0, 1 and 2 workers: the same model, and every file that is promised."""
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -227,6 +229,27 @@ def test_more_workers_than_the_cluster_has_is_said_at_once(folder, tmp_path, loc
     assert "--num-workers 64: the cluster has 2 CPUs" in capsys.readouterr().err
     assert time.monotonic() - start_s < 30
     assert not (tmp_path / "run").exists()
+
+
+NOT_THERE = ("no-such-folder", 1, False)
+
+
+@pytest.mark.parametrize(
+    ("data", "num_workers", "is_started"), [("synthetic", 1, True), ("synthetic", 0, False), NOT_THERE]
+)
+def test_ray_starts_beside_the_imports_where_it_is_wanted(data, num_workers, is_started):
+    code = f"""
+import sys, threading
+from plates.address import start_ray_early
+from plates.config import TrainConfig
+start_ray_early(TrainConfig(data={data!r}, num_workers={num_workers}))
+for thread in threading.enumerate()[1:] * {is_started}:
+    if not thread.daemon:
+        thread.join()
+started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+assert [started, "plates.job" in sys.modules, "matplotlib" in sys.modules] == [{is_started}] * 3
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_the_packaged_weights_are_in_the_right_places(photos, tmp_path):

@@ -35,6 +35,7 @@ from plates import ray_private
 from plates.config import UserError
 
 HOOKS = "ray.train.v2._internal.execution.callback"
+COORDINATOR = next(name for name in ray_private.NAMES if "coordinator" in name)
 GROUP = "ray.train.v2._internal.execution.worker_group"
 RUN_CALLBACKS = """
 import pickle, sys
@@ -59,6 +60,7 @@ def test_ray_has_every_name(name):
     [
         ("ray.autoscaler.v2.sdk:get_cluster_status", "gcs_address timeout"),
         ("ray.autoscaler.v2.utils:is_autoscaler_v2", "fetch_from_server gcs_client"),
+        (COORDINATOR, ""),
         ("ray.experimental.internal_kv:_internal_kv_get", "key namespace"),
         ("ray.experimental.tqdm_ray:tqdm", "iterable desc total unit position flush_interval_s"),
         ("ray.experimental.tqdm_ray:tqdm.update", "self n"),
@@ -103,9 +105,10 @@ def test_a_head_is_asked_in_rays_words():
     assert authentication_constants.AUTHORIZATION_BEARER_PREFIX == "Bearer "
 
 
-def test_the_poll_interval_reaches_the_controller():
+def test_the_settings_of_the_controller_reach_it():
     assert constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR == ray_private.POLL_INTERVAL
-    assert ray_private.POLL_INTERVAL in constants.ENV_VARS_TO_PROPAGATE
+    assert constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR == ray_private.PREEMPTION_WATCHER
+    assert {ray_private.POLL_INTERVAL, ray_private.PREEMPTION_WATCHER} <= constants.ENV_VARS_TO_PROPAGATE
 
 
 def test_a_lost_worker_is_an_error_of_ray_train():

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from plates.config import PredictConfig, TrainConfig, UserError
-from plates.ray_private import ask_alive, require
+from plates.ray_private import PREEMPTION_WATCHER, ask_alive, require
 from plates.rules import is_drawn
 
 CONNECT_TIMEOUT_S = 5.0
@@ -36,6 +36,8 @@ def start_ray() -> None:
         if address == "local":
             raise
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from error
+    if address == "local":
+        os.environ.setdefault(PREEMPTION_WATCHER, "0")  # this machine alone will not be taken back
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which aborts
 

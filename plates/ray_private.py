@@ -44,7 +44,7 @@ NAMES = (
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 AUTOSCALER_STATUS = "__autoscaling_status"
 POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
-PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # of nodes that will go, a process more
 
 
 def require(*packages: str) -> None:
@@ -121,10 +121,9 @@ def trainer_class(missing: list[dict[str, float]], seconds_to_grow: float) -> "t
     """A TorchTrainer for a group that lacks workers of these resources: it may grow, leaves nothing behind when it is
     lost, is polled every 0.2 s, can be interrupted, and starts as few processes as it can.
 
-    Without POLL_INTERVAL: the end of a group is seen up to 2 s later. Without the next three, a group starts 3 s
-    later on 2 cores: Ray Data's coordinator, which the controller waits for, starts beside it; Ray Data's manager,
-    for data sets that we do not have, and the watcher for nodes that are told to go, whose workers we replace when
-    they are gone, start not at all.
+    Without POLL_INTERVAL: the end of a group is seen up to 2 s later. Without the next two, a group starts 2 s later
+    on 2 cores: Ray Data's coordinator, which the controller waits for, starts beside it; Ray Data's manager, for data
+    sets that we do not have, does not start.
 
     The callbacks come before Ray's, one of which fails where a worker is lost; those of RunConfig, and that is for
     the public UserCallback, come after them. They are shipped to the controller by value, which then imports nothing
@@ -140,7 +139,6 @@ def trainer_class(missing: list[dict[str, float]], seconds_to_grow: float) -> "t
     from ray.util import placement_group, remove_placement_group
 
     os.environ.setdefault(POLL_INTERVAL, "0.2")
-    os.environ.setdefault(PREEMPTION_WATCHER, "0")
     get_or_create_autoscaling_coordinator()
 
     class ReleaseRoom(ControllerCallback, WorkerGroupCallback):

@@ -2,8 +2,8 @@
 
 python tests/benchmarks/search.py [DATA …] [--repeats 3] [--tta 1 8]
 
-DATA is a folder of photos, or synthetic:N:hard. Each search starts with an empty cache, as does each prediction. The
-last line is one JSON object of medians by data and --tta.
+DATA is a folder of photos, or synthetic:N:hard. Each search starts with an empty cache, as does each prediction;
+each repeat draws other plates. The last line is one JSON object of medians by data and --tta.
 """
 
 import argparse
@@ -52,12 +52,12 @@ def bare_rate(checkpoint: Path, num_batches: int = 8) -> float:
     return num_batches * CPU_BATCH_SIZE / (time.perf_counter() - start_s)
 
 
-def measure(data: str, tta: int) -> tuple[dict[str, float], str]:
+def measure(data: str, tta: int, seed: int) -> tuple[dict[str, float], str]:
     """Figures of one search, and its winner in words."""
     with tempfile.TemporaryDirectory() as folder:
         run, again = Path(folder) / "run", Path(folder) / "again"
         flags, checkpoint = ["--data", data, "--out"], run / "checkpoint"
-        search_s = run_job("tune", run.with_name("c1"), "--tta", str(tta), *flags, str(run))
+        search_s = run_job("tune", run.with_name("c1"), "--tta", str(tta), "--seed", str(seed), *flags, str(run))
         before = bare_rate(checkpoint)
         run_job("predict", run.with_name("c2"), "--checkpoint", str(checkpoint), *flags, str(again))
         bare = (before + bare_rate(checkpoint)) / 2
@@ -78,7 +78,7 @@ def main() -> None:
     for repeat in range(arguments.repeats):
         for data in arguments.data:
             for tta in arguments.tta:
-                figures, winner = measure(data, tta)
+                figures, winner = measure(data, tta, repeat if data.startswith("synthetic:") else 0)
                 for name, value in figures.items():
                     measured[f"{data} tta {tta} {name}"].append(value)
                 print(f"repeat {repeat}, {data}, --tta {tta}: {winner} {json.dumps(figures)}", flush=True)

@@ -34,7 +34,7 @@ def submit(own: argparse.Namespace, flags: Sequence[str], config: JobConfig) -> 
     )
     print(f"{job_id} was sent to {own.address}", flush=True)
     exit_code = follow(client, job_id, own)
-    if out := getattr(config, "out", None):
+    if (out := getattr(config, "out", None)) and own.job != "export":  # whose log names its file
         print(f"run directory: {out}")
     return exit_code
 

@@ -8,7 +8,7 @@ import threading
 from importlib import import_module
 from pathlib import Path
 
-from plates.config import PredictConfig, TrainConfig, UserError
+from plates.config import PredictConfig, TrainConfig, TuneConfig, UserError
 from plates.ray_private import PREEMPTION_WATCHER, ask_alive, require
 from plates.rules import is_drawn
 
@@ -43,12 +43,13 @@ def start_ray() -> None:
 
 
 def start_ray_early(config: TrainConfig | PredictConfig) -> None:
-    """Where the flags ask for workers, starts Ray while a thread imports what a job needs: each keeps a core busy for
-    seconds. Where there is no such data, that is left to be told first.
+    """Where the flags ask for workers, and for a sweep, starts Ray while a thread imports what a job needs: each
+    takes seconds of a core. Where there is no such data, that is left to be told first.
 
     Raises: UserError as `start_ray`.
     """
-    is_wanted = is_in_cluster() if config.num_workers == "auto" else config.num_workers > 0
+    has_workers = is_in_cluster() if config.num_workers == "auto" else config.num_workers > 0
+    is_wanted = has_workers or isinstance(config, TuneConfig)
     data = config.data
     if is_wanted and (is_drawn(data) or data.startswith("kaggle:") or "://" in data or Path(data).exists()):
         threading.Thread(target=lambda: [import_module(name) for name in IMPORTED_EARLY]).start()

@@ -28,7 +28,7 @@ class HeadSweep:
 
     (V, N, F) views and (N, F) eval features of all labelled images, and how much each class counts in training, in
     all folds alike; of a search of all also its passes, each of which is tried with one view and with all of them,
-    and the time after which no trial but the first is begun.
+    and the time by which all trials but the first must have ended.
     """
 
     train: Tensor
@@ -64,15 +64,21 @@ def score_schedule(data: HeadSweep, schedule: Schedule) -> TrialResult:
     return score_trial(data.folds, [scores[:, head, held] for head, (_, held) in enumerate(folds)])
 
 
-def score_trial_of(data: HeadSweep, index: int) -> list[Scored]:
-    """The candidates of a trial; none where the time is over."""
-    if index and time.time() > data.deadline:
+def score_trial_of(data: HeadSweep, index: int, seconds: dict[int, float]) -> list[Scored]:
+    """The candidates of a trial; none where it would end too late.
+
+    seconds: by number of views how long the last such trial took in this process; 0 views are a schedule's.
+    """
+    trial, start_s = data.trials[index], time.time()
+    num_views = 0 if isinstance(trial, int) else trial[1]
+    if index and start_s + seconds.get(num_views, 0.0) > data.deadline:
         return []
-    trial = data.trials[index]
     if isinstance(trial, int):
-        return [(data.schedules[trial], score_schedule(data, data.schedules[trial]))]
-    found, num_views = trial
-    return score_readouts(found, num_views, data.labels, data.class_weights, data.folds, data.config.tta)
+        scored = [(data.schedules[trial], score_schedule(data, data.schedules[trial]))]
+    else:
+        scored = score_readouts(*trial, data.labels, data.class_weights, data.folds, data.config.tta)
+    seconds[num_views] = time.time() - start_s
+    return scored
 
 
 def run_head_trials(data: HeadSweep, task: Task, plan: Plan) -> list[list[Scored]]:
@@ -91,10 +97,10 @@ def run_head_trials(data: HeadSweep, task: Task, plan: Plan) -> list[list[Scored
     class HeadTrial(tune.Trainable):
         def setup(self, config: dict[str, Any], data: HeadSweep) -> None:
             torch.set_num_threads(1)
-            self.data, self.index = data, config["index"]
+            self.data, self.index, self.seconds = data, config["index"], {}
 
         def step(self) -> dict[str, Any]:
-            scored = score_trial_of(self.data, self.index)
+            scored = score_trial_of(self.data, self.index, self.seconds)
             return {"scored": [(settings, asdict(result)) for settings, result in scored],
                     "index": self.index, "done": True}  # fmt: skip
 

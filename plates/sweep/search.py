@@ -111,7 +111,7 @@ def name_left_out(sweep: HeadSweep, by_trial: list[list[Scored]]) -> list[str]:
     names = [f"{name_pass(found.settings)}, {plural(num_views, 'view')}" for found, num_views in passes]
     num_schedules = len(trials) - len(passes)
     names += [f"{plural(num_schedules, 'schedule')} of the recipe"] * (num_schedules > 0)
-    return [f"{name}: left out, --budget-s was over" for name in names]
+    return [f"{name}: left out, it would not have been done within --budget-s" for name in names]
 
 
 def make_passes(task: Task, tasks: list[Task], features: list[Tensor | None], notes: list[str]) -> list[Pass]:

@@ -231,19 +231,22 @@ def test_more_workers_than_the_cluster_has_is_said_at_once(folder, tmp_path, loc
     assert not (tmp_path / "run").exists()
 
 
-NOT_THERE = ("no-such-folder", 1, False)
-
-
 @pytest.mark.parametrize(
-    ("data", "num_workers", "is_started"), [("synthetic", 1, True), ("synthetic", 0, False), NOT_THERE]
+    ("config", "is_started"),
+    [
+        ("TrainConfig(num_workers=1)", True),
+        ("TrainConfig()", False),
+        ("TuneConfig()", True),
+        ("TrainConfig(data='no-such-folder', num_workers=1)", False),
+    ],
 )
-def test_ray_starts_beside_the_imports_where_it_is_wanted(data, num_workers, is_started):
+def test_ray_starts_beside_the_imports_where_it_is_wanted(config, is_started):
     code = f"""
 import sys, threading
 from plates.address import start_ray_early
-from plates.config import TrainConfig
-start_ray_early(TrainConfig(data={data!r}, num_workers={num_workers}))
-for thread in threading.enumerate()[1:] * {is_started}:
+from plates.config import TrainConfig, TuneConfig
+start_ray_early({config})
+for thread in threading.enumerate()[1:]:
     if not thread.daemon:
         thread.join()
 started = "ray" in sys.modules and sys.modules["ray"].is_initialized()

@@ -16,7 +16,7 @@ from plates.model import preprocessing_of
 from plates.readouts import readouts_to_search
 from plates.sources import SyntheticSource
 from plates.sweep import search
-from plates.sweep.head_trials import HeadSweep
+from plates.sweep.head_trials import HeadSweep, score_trial_of
 from plates.sweep.readout_trials import Pass
 from plates.sweep.scores import draw_schedules, make_folds
 from plates.sweep.search import fit_winner, has_foreground, list_passes, make_passes
@@ -154,6 +154,22 @@ def make_sweep(task: Task) -> HeadSweep:
 
 LOGISTIC = {"head": "logistic", "image_size": 32, "crop": "none", "num_views": 2, "readout": "last/max", "tta": 2,
             "strength": 0.3}  # fmt: skip
+
+
+def test_a_trial_is_begun_where_one_of_its_kind_would_end_in_time(task):
+    """The first of a kind has no time to go by; the baseline is always done."""
+    sweep = replace(make_sweep(task), deadline=time.time() + 100)
+    baseline, one_view, three_views, schedule = range(4)
+    seconds = {0: 1e6, 1: 1e6, 3: 1.0}
+    assert len(score_trial_of(sweep, baseline, seconds)) == 1
+    assert seconds[0] < 100
+    assert score_trial_of(sweep, one_view, seconds) == []
+    assert len(score_trial_of(sweep, three_views, seconds)) == 2
+    assert seconds == {0: seconds[0], 1: 1e6, 3: seconds[3]}
+    assert 0 < seconds[3] != 1.0
+    assert len(score_trial_of(sweep, schedule, {})) == 1
+    over = replace(sweep, deadline=time.time() - 1)
+    assert [len(score_trial_of(over, index, {})) for index in range(4)] == [1, 0, 0, 0]
 
 
 def check_calibrated(winner, raw_weight, raw_bias, labels):

@@ -49,9 +49,8 @@ def start_ray_early(config: TrainConfig | PredictConfig) -> None:
     Raises: UserError as `start_ray`.
     """
     has_workers = is_in_cluster() if config.num_workers == "auto" else config.num_workers > 0
-    is_wanted = has_workers or isinstance(config, TuneConfig)
-    data = config.data
-    if is_wanted and (is_drawn(data) or data.startswith("kaggle:") or "://" in data or Path(data).exists()):
+    may_exist = is_drawn(config.data) or ":" in config.data or Path(config.data).exists()
+    if may_exist and (has_workers or isinstance(config, TuneConfig)):
         threading.Thread(target=lambda: [import_module(name) for name in IMPORTED_EARLY]).start()
         start_ray()
 

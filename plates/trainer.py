@@ -64,7 +64,7 @@ def run_on_ray(loop: Callable[[Task, Worker], ResultT | None], task: Task, plan:
     import ray
     from ray.exceptions import RayError
 
-    require("ray.train")
+    require("ray.train", "ray.data")
     of_ray = (RayError, ray_train_error())
     work = ray.put((loop, task))  # weights and data set go through the object store, once a node
     least_left, num_vain, room = math.inf, 0, find_room(plan)

@@ -59,7 +59,7 @@ def write_report(
     sections = {
         "search": show_search(run, metrics, config, times),
         "calibration": show_calibration(run / "out_of_fold.csv"),
-        "timing": {"rows": tabulate_timing(timing)} if config or len(timing) else None,
+        "timing": {"rows": tabulate_timing(timing)} if "backbone" in config or len(timing) else None,
         "sweep": show_sweep(run, metrics),
         "benchmark": show_benchmark(run),
         "curves": show_curves(read_table(run / "history.csv")),

@@ -67,7 +67,8 @@ def score_schedule(data: HeadSweep, schedule: Schedule) -> TrialResult:
 def score_trial_of(data: HeadSweep, index: int, seconds: dict[int, float]) -> list[Scored]:
     """The candidates of a trial; none where it would end too late.
 
-    seconds: by number of views how long the last such trial took in this process; 0 views are a schedule's.
+    seconds: by number of views how long the last such trial took in this process, where this one is added; 0 views
+        are a schedule's.
     """
     trial, start_s = data.trials[index], time.time()
     num_views = 0 if isinstance(trial, int) else trial[1]

@@ -48,6 +48,7 @@ def test_check_data_tells_what_is_odd(faulty, tmp_path, capsys):
     assert out[1].startswith("duplicates: 2 sets of 4 images, 2 across splits (")
     assert out[2] == "cannot be read: 1 (test/0.jpg)"
     page = (run / "report.html").read_text()
+    assert "What ran where" not in page
     assert "<h2>Data</h2>" in page
     assert "test/near.jpg" in page
     assert check_job.main(["--data", str(faulty), "--out", str(run)]) == 2, "a finished run is kept"

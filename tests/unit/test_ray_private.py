@@ -50,6 +50,13 @@ print([name for name in sys.modules if name.split(".")[0] in ("plates", "torch")
 """
 
 
+def test_every_name_is_looked_for_by_a_job_before_it_is_needed():
+    sources = [file.read_text() for folder in ("plates", "ray_jobs") for file in (ROOT / folder).rglob("*.py")]
+    required = [package for source in sources for call in re.findall(r"^ +require\((.*)\)$", source, re.M)
+                for package in re.findall(r'"(.*?)"', call)]  # fmt: skip
+    assert [name for name in ray_private.NAMES if not name.startswith(tuple(required))] == []
+
+
 @pytest.mark.parametrize("name", ray_private.NAMES)
 def test_ray_has_every_name(name):
     assert pkgutil.resolve_name(name) is not None

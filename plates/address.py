@@ -49,7 +49,7 @@ def start_ray_early(config: TrainConfig | PredictConfig) -> None:
     Raises: UserError as `start_ray`.
     """
     has_workers = is_in_cluster() if config.num_workers == "auto" else config.num_workers > 0
-    may_exist = is_drawn(config.data) or ":" in config.data or Path(config.data).exists()
+    may_exist = is_drawn(config.data) or ":" in config.data or os.access(config.data, os.R_OK)
     if may_exist and (has_workers or isinstance(config, TuneConfig)):
         threading.Thread(target=lambda: [import_module(name) for name in IMPORTED_EARLY]).start()
         start_ray()

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -14,7 +14,7 @@ from plates.address import start_ray
 from plates.cluster import Plan, find_room
 from plates.config import TuneConfig
 from plates.head import Heads, HeadSettings, fit_heads
-from plates.sweep.readout_trials import Pass, score_readouts
+from plates.sweep.readout_trials import Pass, numbers_of_views, score_readouts
 from plates.sweep.scores import Folds, Schedule, TrialResult, score_images, score_trial
 from plates.sweep.tuner import state_of, tune_all
 from plates.train_loop.task import Task
@@ -28,7 +28,7 @@ class HeadSweep:
 
     (V, N, F) views and (N, F) eval features of all labelled images, and how much each class counts in training, in
     all folds alike; of a search of all also its passes, each of which is tried with one view and with all of them,
-    and the time by which all trials but the first must have ended.
+    the seconds that are likely for a trial, by its number of views, and the time by which all but the first must end.
     """
 
     train: Tensor
@@ -40,12 +40,13 @@ class HeadSweep:
     config: TuneConfig
     class_weights: Sequence[float]
     passes: Sequence[Pass] = ()
+    trial_s: dict[int, float] = field(default_factory=dict)
     deadline: float = inf
 
     @property
     def trials(self) -> list[int | tuple[Pass, int]]:
         """The baseline's schedule; each pass and number of views; the other schedules by their index."""
-        of_passes = [(found, num_views) for found in self.passes for num_views in sorted({1, len(found.features)})]
+        of_passes = [(found, num_views) for found in self.passes for num_views in numbers_of_views(found.features)]
         return [0, *of_passes, *range(1, len(self.schedules))]
 
     def fit(self, settings: list[HeadSettings]) -> Heads:
@@ -67,8 +68,7 @@ def score_schedule(data: HeadSweep, schedule: Schedule) -> TrialResult:
 def score_trial_of(data: HeadSweep, index: int, seconds: dict[int, float]) -> list[Scored]:
     """The candidates of a trial; none where it would end too late.
 
-    seconds: by number of views how long the last such trial took in this process, where this one is added; 0 views
-        are a schedule's.
+    seconds: by number of views how long such a trial takes, where this one is put down; 0 views are a schedule's.
     """
     trial, start_s = data.trials[index], time.time()
     num_views = 0 if isinstance(trial, int) else trial[1]
@@ -98,7 +98,7 @@ def run_head_trials(data: HeadSweep, task: Task, plan: Plan) -> list[list[Scored
     class HeadTrial(tune.Trainable):
         def setup(self, config: dict[str, Any], data: HeadSweep) -> None:
             torch.set_num_threads(1)
-            self.data, self.index, self.seconds = data, config["index"], {}
+            self.data, self.index, self.seconds = data, config["index"], dict(data.trial_s)
 
         def step(self) -> dict[str, Any]:
             scored = score_trial_of(self.data, self.index, self.seconds)

@@ -1,6 +1,7 @@
 """Trials of a search: all readouts and strengths of one pass of the trunk, by logistic regression."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +22,18 @@ class Pass:
     columns: dict[str, slice]
 
 
+def numbers_of_views(features: Tensor) -> list[int]:
+    """That a pass of (V, N, F) features is tried with."""
+    return sorted({1, len(features)})
+
+
 def score_readouts(
     found: Pass, num_views: int, labels: Tensor, class_weights: Sequence[float], folds: Folds, most_tta: int
 ) -> list[tuple[Schedule, TrialResult]]:
     """Of each readout a candidate that predicts by one view and one by `most_tta`, each with its best strength."""
     in_turn, num_classes = folds.in_turn(), len(class_weights)
     kept, ttas = mask_folds([train for train, _ in in_turn], len(labels)), sorted({1, min(most_tta, num_views)})
-    candidates, strengths = [], STRENGTHS if len(labels) < LARGE else STRENGTHS[::2]
+    candidates, strengths = [], strengths_to_try(len(labels))
     for readout, columns in found.columns.items():
         features = found.features[:num_views, :, columns]
         evaluation = torch.cat([features[:tta].mean(0) for tta in ttas])
@@ -37,6 +43,27 @@ def score_readouts(
             settings = {"head": "logistic", **found.settings, "num_views": num_views, "readout": readout, "tta": tta}
             candidates.append(best_strength(of_views.movedim(1, 0), labels, folds, settings, strengths))
     return candidates
+
+
+def strengths_to_try(num_images: int) -> Sequence[float]:
+    return STRENGTHS if num_images < LARGE else STRENGTHS[::2]
+
+
+def time_trials(
+    columns: Iterable[slice], labels: Tensor, class_weights: Sequence[float], folds: Folds, features: Tensor
+) -> dict[int, float]:
+    """How long the trials of a pass's (V, N, F) features take on a thread, in s, by their number of views: as many
+    times as long as one of their folds as they have folds."""
+    kept, seconds = mask_folds([folds.repeated[0][0]], len(labels)), {}
+    for num_views in numbers_of_views(features):
+        start_s = time.perf_counter()
+        for one in columns:
+            views = features[:num_views, :, one]
+            logits_of_folds(
+                views, labels, len(class_weights), kept, strengths_to_try(len(labels)), views[0], class_weights
+            )
+        seconds[num_views] = (time.perf_counter() - start_s) * len(folds.in_turn())
+    return seconds
 
 
 def best_strength(

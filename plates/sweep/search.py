@@ -22,7 +22,7 @@ from plates.model import Classifier, preprocessing_of
 from plates.readouts import count_features, readouts_to_search
 from plates.reference import Reference, spread_evenly
 from plates.sweep.head_trials import HeadSweep, Scored, run_head_trials
-from plates.sweep.readout_trials import Pass
+from plates.sweep.readout_trials import Pass, time_trials
 from plates.sweep.scores import Folds, Schedule, Swept, draw_schedules, summarize, tabulate_trials
 from plates.train_loop import build_model, compute_passes, predict
 from plates.train_loop.task import Task
@@ -56,8 +56,10 @@ def search_all(task: Task, folds: Folds, plan: Plan) -> Swept:
         notes.append(f"the recipe has {num_views} views an image, not {len(config.train_views)}: images are many")
         config = replace(config, num_views=num_views)
         task = replace(task, config=config)
-    searched = run_loop(partial(compute_passes, tasks, deadline), task, plan)
-    passes = make_passes(task, tasks, searched.of_passes, notes)
+    columns = find_columns(task, tasks[0].config.readout)
+    timed = partial(time_trials, list(columns.values()), labels, task.class_weights, folds)
+    searched = run_loop(partial(compute_passes, tasks, deadline, timed), task, plan)
+    passes = make_passes(tasks, searched.of_passes, columns, notes)
     features, head = searched.of_task, build_model(task).head
     own = {"head": "adam", "image_size": task.preprocessing.image_size, "crop": config.crop,
            "num_views": len(config.train_views), "readout": config.readout, "tta": config.tta}  # fmt: skip
@@ -65,7 +67,7 @@ def search_all(task: Task, folds: Folds, plan: Plan) -> Swept:
     initial = (head.weight.detach(), head.bias.detach())
     end = deadline - searched.time_to_predict_s * config.tta
     read = (features.train, features.val, labels, initial, folds, schedules, config, task.class_weights)
-    sweep = HeadSweep(*read, passes, end)
+    sweep = HeadSweep(*read, passes, searched.trial_s, end)
     by_trial = run_head_trials(sweep, task, plan)
     notes += name_left_out(sweep, by_trial)
     settings, results = map(list, zip(*chain(*by_trial), strict=True))
@@ -114,11 +116,19 @@ def name_left_out(sweep: HeadSweep, by_trial: list[list[Scored]]) -> list[str]:
     return [f"{name}: left out, it would not have been done within --budget-s" for name in names]
 
 
-def make_passes(task: Task, tasks: list[Task], features: list[Tensor | None], notes: list[str]) -> list[Pass]:
-    """Those that were computed, their columns by readout; what was left out is noted."""
-    trunk, size, columns, start, passes = build_model(task).trunk, task.preprocessing.image_size, {}, 0, []
-    for readout in tasks[0].config.readout.split("+"):
+def find_columns(task: Task, readouts: str) -> dict[str, slice]:
+    """Of the features of several readouts joined by +, those of each."""
+    trunk, size, columns, start = build_model(task).trunk, task.preprocessing.image_size, {}, 0
+    for readout in readouts.split("+"):
         columns[readout] = slice(start, start := start + count_features(trunk, readout, size))
+    return columns
+
+
+def make_passes(
+    tasks: list[Task], features: list[Tensor | None], columns: dict[str, slice], notes: list[str]
+) -> list[Pass]:
+    """Those that were computed; what was left out is noted."""
+    passes = []
     for one, found in zip(tasks, features, strict=True):
         settings = {"image_size": one.preprocessing.image_size, "crop": one.preprocessing.crop}
         if found is None:

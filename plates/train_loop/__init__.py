@@ -1,7 +1,7 @@
 """What runs on each worker, from the first image to the last prediction, and what the group hands back."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,11 +36,13 @@ class Features:
 
 @dataclass(frozen=True)
 class Searched:
-    """The features of the task itself; the (V, N, F) of each pass, None of one that was left out; and how long the
-    test split is predicted to take at the largest size among them, of one view."""
+    """The features of the task itself; the (V, N, F) of each pass, None of one that was left out; and the seconds
+    that are likely for a trial on a thread, by its number of views, and for predicting one view of the test split at
+    the largest size among the passes."""
 
     of_task: Features
     of_passes: list[Tensor | None]
+    trial_s: dict[int, float]
     time_to_predict_s: float
 
 
@@ -123,26 +125,40 @@ def compute_features(task: Task, worker: Worker) -> Features | None:
     return Features(train[:], val[:].mean(0), test)
 
 
-def compute_passes(passes: Sequence[Task], deadline: float, task: Task, worker: Worker) -> Searched | None:
+def compute_passes(
+    passes: Sequence[Task],
+    deadline: float,
+    time_trials: Callable[[Tensor], dict[int, float]],
+    task: Task,
+    worker: Worker,
+) -> Searched | None:
     """The features that a search needs: the task's own, as `compute_features` has them, and those of each pass, from
-    cheap to expensive, but for what would not be done by the deadline with the prediction of the test split after it.
+    cheap to expensive, but for what would not be done by the deadline with the trials of all passes so far and the
+    prediction of the test split after it.
 
     deadline: seconds since the epoch, on the clock of rank 0.
+    time_trials: from a pass's features the seconds on a thread of its trials, by their number of views; of the others
+        the first pass's stand, which have as many images, views and features.
     """
     start_s = time.perf_counter()
     found = compute_features(replace(task, dataset=replace(task.dataset, test=Samples.of())), worker)
     seconds_per_pixel = (time.perf_counter() - start_s) / count_pixels(task, task.dataset.train)
-    trunk, features, largest = build_model(task).trunk, [], task.preprocessing.image_size
+    trunk, features, largest = build_model(task).trunk, list[Tensor | None](), task.preprocessing.image_size
+    trial_s, num_done = dict[int, float](), 0
     for one in passes:
         num_pixels, size = count_pixels(one, one.dataset.train), one.preprocessing.image_size
-        is_in_time = time.time() + seconds_per_pixel * (num_pixels + size**2 * len(task.dataset.test)) < deadline
+        ends_at = time.time() + seconds_per_pixel * (num_pixels + size**2 * len(task.dataset.test))
+        ends_at += max(0.0, *trial_s.values(), (num_done + 1) * sum(trial_s.values()) / sum(worker.threads))
         features.append(None)
-        if broadcast(is_in_time):
+        if broadcast(ends_at < deadline):
             start_s, largest = time.perf_counter(), max(largest, size)
             train, _, _ = labelled_features(one, SharedFeatures(one, worker, trunk))
             seconds_per_pixel = max(seconds_per_pixel, (time.perf_counter() - start_s) / num_pixels)
-            features[-1] = None if train is None else train[:]
-    return found and Searched(found, features, seconds_per_pixel * largest**2 * len(task.dataset.test))
+            num_done += 1
+            if train is not None:
+                features[-1] = train[:]
+                trial_s = trial_s or time_trials(features[-1])
+    return found and Searched(found, features, trial_s, seconds_per_pixel * largest**2 * len(task.dataset.test))
 
 
 def count_pixels(task: Task, samples: Samples) -> int:

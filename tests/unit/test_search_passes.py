@@ -2,24 +2,26 @@
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from plates import logistic
 from plates.config import TuneConfig
 from plates.dataset import Samples, check_dataset, load_dataset
 from plates.head import HeadSettings
-from plates.logistic import fit_logistic, temperature
+from plates.logistic import fit_logistic, solve_fold, temperature
 from plates.model import preprocessing_of
 from plates.readouts import readouts_to_search
 from plates.sources import SyntheticSource
-from plates.sweep import search
+from plates.sweep import readout_trials, search
 from plates.sweep.head_trials import HeadSweep, score_trial_of
-from plates.sweep.readout_trials import Pass
+from plates.sweep.readout_trials import Pass, score_readouts, time_trials
 from plates.sweep.scores import draw_schedules, make_folds
-from plates.sweep.search import fit_winner, has_foreground, list_passes, make_passes
+from plates.sweep.search import find_columns, fit_winner, has_foreground, list_passes, make_passes
 from plates.train_loop import build_model, compute_features, compute_passes
 from plates.train_loop.group import Worker
 from plates.train_loop.task import Task
@@ -107,17 +109,24 @@ def test_a_trunk_of_one_size_is_tried_at_it_alone(task):
 @pytest.mark.parametrize(("left_s", "are_computed"), [(-1.0, [False] * 4), (1e6, [True] * 4)])
 def test_a_pass_that_cannot_be_done_in_time_is_left_out_and_named(task, left_s, are_computed):
     tasks, notes = list_passes(task)
-    found = compute_passes(tasks, time.time() + left_s, task, HERE)
+    timed = []
+    found = compute_passes(
+        tasks, time.time() + left_s, lambda features: timed.append(features) or {1: 2.0}, task, HERE
+    )
     assert found is not None
     assert [features is not None for features in found.of_passes] == are_computed
-    passes = make_passes(task, tasks, found.of_passes, notes)
+    passes = make_passes(tasks, found.of_passes, find_columns(task, tasks[0].config.readout), notes)
     assert (len(passes), len(notes)) == (sum(are_computed), 4 - sum(are_computed))
     expected = compute_features(task, HERE)
     assert expected is not None
     assert torch.equal(found.of_task.train, expected.train), "the baseline's, which is never left out"
     if not passes:
         assert notes[0] == "32 px, crop none: left out, it would not have been done within --budget-s"
+        assert not timed
         return
+    assert found.trial_s == {1: 2.0}
+    assert torch.equal(timed[0], passes[0].features)
+    assert len(timed) == 1
     assert [features.shape for features in found.of_passes if features is not None] == [
         (8, 12, 512 * 2 + 256 * 2)
     ] * 4
@@ -132,11 +141,52 @@ def test_the_budget_counts_what_is_predicted_afterwards(task):
     """A million images to predict leave no time, the same passes without them do."""
     tasks, _ = list_passes(task)
     deadline = time.time() + 300
-    assert all(features is not None for features in compute_passes(tasks[:1], deadline, task, HERE).of_passes)
+    assert all(
+        features is not None for features in compute_passes(tasks[:1], deadline, no_time, task, HERE).of_passes
+    )
     many = Samples.of([f"test/{index}.png" for index in range(1_000_000)])
     late = [replace(one, dataset=replace(one.dataset, test=many)) for one in tasks[:1]]
     loaded = replace(task, dataset=replace(task.dataset, test=many))
-    assert compute_passes(late, deadline, loaded, HERE).of_passes == [None]
+    assert compute_passes(late, deadline, no_time, loaded, HERE).of_passes == [None]
+
+
+def no_time(_: torch.Tensor) -> dict[int, float]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("trial_s", "threads", "num_computed"),
+    [
+        ({1: 40.0, 8: 160.0}, 1, 1),  # 400 s for the trials of two passes
+        ({1: 40.0, 8: 160.0}, 2, 2),  # 300 s for those of three
+        ({1: 0.0, 8: 301.0}, 8, 1),  # one that no number of threads would end
+    ],
+)
+def test_the_budget_has_room_for_the_trials_of_what_is_computed(task, trial_s, threads, num_computed):
+    tasks, _ = list_passes(task)
+    worker = replace(HERE, threads=(threads,))
+    found = compute_passes(tasks, time.time() + 250, lambda _: trial_s, task, worker).of_passes
+    assert [features is not None for features in found] == [index < num_computed for index in range(4)]
+
+
+def test_trials_are_timed_by_one_of_their_folds(task, monkeypatch):
+    """On a clock that ticks with each head solved: two repeats of two folds, two outer ones with two inner each."""
+    sweep, solved = make_sweep(task), []
+
+    def solve(inputs, *arguments, **named):
+        solved.append(len(inputs))
+        return solve_fold(inputs, *arguments, **named)
+
+    monkeypatch.setattr(logistic, "solve_fold", solve)
+    monkeypatch.setattr(readout_trials, "time", SimpleNamespace(perf_counter=lambda: len(solved)))
+    (found,) = sweep.passes
+    columns, num_folds = list(found.columns.values()), 2 * 2 + 2 + 2 * 2
+    read = (task.dataset.train.labels, sweep.class_weights, sweep.folds)
+    assert time_trials(columns, *read, found.features) == {1: num_folds * 2, 3: num_folds * 2}
+    assert solved == [6, 6, 18, 18], "half of the images of both readouts, of one view and of three"
+    solved.clear()
+    score_readouts(found, 3, *read, 1)
+    assert len(solved) == num_folds * 2
 
 
 def make_sweep(task: Task) -> HeadSweep:

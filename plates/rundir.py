@@ -27,6 +27,7 @@ from plates.storage import Place, UriPath, place_of, remove_tree
 
 CONFIG_FILE, LOCK_FILE = "config.json", ".lock"
 TRIAL_PREFIX = ".plates-"  # of what a preflight writes, and cannot delete when it is killed
+WRITE_PREFIX = ".writing-"  # of files that are not whole yet, which stay when their process is killed
 STATE_FILE = ".state.pt"  # of unfinished training
 FEATURES_FOLDER = ".features"  # of a trunk that was trained, gone when the run is finished
 BEAT_S, STALE_S = 20.0, 60.0  # a driver on another machine that gave no sign for so long is taken to be gone
@@ -148,6 +149,8 @@ def finish_run(run: Place) -> None:
     for name in (STATE_FILE, LOCK_FILE):
         (run / name).unlink(missing_ok=True)
     if isinstance(run, Path):
+        for folder in list(run.rglob(f"{WRITE_PREFIX}*")):
+            remove_tree(folder)
         file_lock(run / LOCK_FILE).release(force=True)
 
 
@@ -166,7 +169,7 @@ def check_claimable(run: Place, settings: dict[str, Any]) -> None:
     if run.exists() and not run.is_dir():
         raise UserError(f"--out {run}: is a file; give a directory")
     children = [child.name for child in run.iterdir()] if run.exists() else []
-    if all(name == LOCK_FILE or name.startswith(TRIAL_PREFIX) for name in children):
+    if all(name == LOCK_FILE or name.startswith((TRIAL_PREFIX, WRITE_PREFIX)) for name in children):
         return
     try:
         found = json.loads((run / CONFIG_FILE).read_text())
@@ -191,7 +194,7 @@ def write_atomically(path: Place, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent if isinstance(path, Path) else None
     try:
-        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=beside, prefix=WRITE_PREFIX) as folder:
             temporary = Path(folder, path.name)
             temporary.touch()
             mode = temporary.stat().st_mode  # by the user's umask; safetensors makes its files private

@@ -65,6 +65,31 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+WRITE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from plates import rundir
+
+def write(file):
+    file.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+rundir.write_atomically(Path(sys.argv[1]), write)
+"""
+
+
+def test_what_a_killed_process_was_writing_is_in_nobodys_way_and_goes(tmp_path):
+    """Killed in its very first write, before there is a config.json, then in that of a checkpoint."""
+    for name in ("config.json", "checkpoint/model.json"):
+        killed = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, str(tmp_path / name)])
+        assert killed.returncode == -signal.SIGKILL
+        assert not (tmp_path / name).exists()
+        assert [file.read_text() for file in tmp_path.rglob(f"*/{Path(name).name}")] == ["half"]
+        rundir.claim_run(rundir.find_run(str(tmp_path), "train", CONFIG), "train", CONFIG, {})
+    rundir.finish_run(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["checkpoint", "config.json"]
+
+
 def test_what_is_not_finite_is_null_in_json(tmp_path):
     values = {"val/loss": float("nan"), "rows": [np.float64("inf"), 0.5, (1, -float("inf"))], "text": "NaN"}
     rundir.write_json(tmp_path / "metrics.json", values)

@@ -68,11 +68,12 @@ def score_schedule(data: HeadSweep, schedule: Schedule) -> TrialResult:
 def score_trial_of(data: HeadSweep, index: int, seconds: dict[int, float]) -> list[Scored]:
     """The candidates of a trial; none where it would end too late.
 
-    seconds: by number of views how long such a trial takes, where this one is put down; 0 views are a schedule's.
+    seconds: by number of views how long the last such trial took in this process, where this one is put down; 0 views
+        are a schedule's.
     """
     trial, start_s = data.trials[index], time.time()
     num_views = 0 if isinstance(trial, int) else trial[1]
-    if index and start_s + seconds.get(num_views, 0.0) > data.deadline:
+    if index and start_s + seconds.get(num_views, data.trial_s.get(num_views, 0.0)) > data.deadline:
         return []
     if isinstance(trial, int):
         scored = [(data.schedules[trial], score_schedule(data, data.schedules[trial]))]
@@ -98,7 +99,7 @@ def run_head_trials(data: HeadSweep, task: Task, plan: Plan) -> list[list[Scored
     class HeadTrial(tune.Trainable):
         def setup(self, config: dict[str, Any], data: HeadSweep) -> None:
             torch.set_num_threads(1)
-            self.data, self.index, self.seconds = data, config["index"], dict(data.trial_s)
+            self.data, self.index, self.seconds = data, config["index"], {}
 
         def step(self) -> dict[str, Any]:
             scored = score_trial_of(self.data, self.index, self.seconds)

@@ -1,7 +1,7 @@
 """Trials of a search: all readouts and strengths of one pass of the trunk, by logistic regression."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ def strengths_to_try(num_images: int) -> Sequence[float]:
 
 
 def time_trials(
-    columns: Iterable[slice], labels: Tensor, class_weights: Sequence[float], folds: Folds, features: Tensor
+    columns: Sequence[slice], labels: Tensor, class_weights: Sequence[float], folds: Folds, features: Tensor
 ) -> dict[int, float]:
     """How long the trials of a pass's (V, N, F) features take on a thread, in s, by their number of views: as many
     times as long as one of their folds as they have folds."""

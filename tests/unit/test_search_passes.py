@@ -207,8 +207,8 @@ LOGISTIC = {"head": "logistic", "image_size": 32, "crop": "none", "num_views": 2
 
 
 def test_a_trial_is_begun_where_one_of_its_kind_would_end_in_time(task):
-    """The first of a kind has no time to go by; the baseline is always done."""
-    sweep = replace(make_sweep(task), deadline=time.time() + 100)
+    """The first of a kind where it is likely to; the baseline is always done."""
+    sweep = replace(make_sweep(task), trial_s={1: 1.0, 3: 1e6}, deadline=time.time() + 100)
     baseline, one_view, three_views, schedule = range(4)
     seconds = {0: 1e6, 1: 1e6, 3: 1.0}
     assert len(score_trial_of(sweep, baseline, seconds)) == 1
@@ -218,6 +218,7 @@ def test_a_trial_is_begun_where_one_of_its_kind_would_end_in_time(task):
     assert seconds == {0: seconds[0], 1: 1e6, 3: seconds[3]}
     assert 0 < seconds[3] != 1.0
     assert len(score_trial_of(sweep, schedule, {})) == 1
+    assert [len(score_trial_of(sweep, index, {})) for index in range(4)] == [1, 2, 0, 1]
     over = replace(sweep, deadline=time.time() - 1)
     assert [len(score_trial_of(over, index, {})) for index in range(4)] == [1, 0, 0, 0]
 
